@@ -1,0 +1,40 @@
+# idempotency: PostgreSQL extension that makes retried requests safe
+#
+# make && make install && make installcheck
+#
+# installcheck starts throw-away servers of its own, which cannot run as root.
+
+EXTENSION = idempotency
+MODULE_big = idempotency
+DATA = sql/idempotency--1.0.sql
+DOCS = README.md
+OBJS = \
+	src/begin.o \
+	src/call.o \
+	src/claim.o \
+	src/fingerprint.o \
+	src/finish.o \
+	src/idempotency.o \
+	src/in_flight.o \
+	src/result.o \
+	src/scope.o \
+	src/status.o \
+	src/store.o \
+	src/sweep.o
+
+PG_CFLAGS = -Wall -Wextra -Wno-unused-parameter
+
+REGRESS = $(sort $(basename $(notdir $(wildcard test/sql/*.sql))))
+REGRESS_OPTS = --inputdir=test --temp-instance=tmp_check/regress \
+	--temp-config=test/preload.conf --no-locale --encoding=UTF8
+ISOLATION = $(sort $(basename $(notdir $(wildcard test/specs/*.spec))))
+ISOLATION_OPTS = --inputdir=test --temp-instance=tmp_check_iso/isolation \
+	--temp-config=test/preload.conf --load-extension=idempotency
+TAP_TESTS = 1
+PROVE_TESTS = test/t/*.pl
+
+PG_CONFIG ?= pg_config
+PGXS := $(shell $(PG_CONFIG) --pgxs)
+include $(PGXS)
+
+$(OBJS): $(wildcard src/*.h)

@@ -1,0 +1,298 @@
+/* sql/idempotency--1.0.sql */
+
+-- complain if script is sourced in psql, rather than via CREATE EXTENSION
+\echo Use "CREATE EXTENSION idempotency" to load this file. \quit
+
+--
+-- Types
+--
+
+CREATE TYPE idempotency_state AS ENUM ('pending', 'completed', 'errored');
+
+COMMENT ON TYPE idempotency_state IS
+'state of a record: work under a leased claim, an answer to replay, or a final client error to replay';
+
+CREATE TYPE idempotency_result AS (
+    outcome text,
+    status_code int,
+    response json,
+    headers jsonb,
+    body bytea,
+    attempt int,
+    recovery_point text,
+    recovery_state jsonb,
+    retry_after interval,
+    created_at timestamptz,
+    finished_at timestamptz,
+    expires_at timestamptz
+);
+
+COMMENT ON TYPE idempotency_result IS
+'what a request is told: its outcome and, where there is one, the stored answer';
+COMMENT ON COLUMN idempotency_result.outcome IS
+'started, replayed, mismatched or in_flight';
+COMMENT ON COLUMN idempotency_result.status_code IS
+'HTTP status of the stored answer';
+COMMENT ON COLUMN idempotency_result.response IS
+'stored answer, byte for byte';
+COMMENT ON COLUMN idempotency_result.headers IS
+'stored headers';
+COMMENT ON COLUMN idempotency_result.body IS
+'stored answer that is not JSON';
+COMMENT ON COLUMN idempotency_result.attempt IS
+'how many times the work was begun, this time included';
+COMMENT ON COLUMN idempotency_result.recovery_point IS
+'how far an earlier attempt got';
+COMMENT ON COLUMN idempotency_result.recovery_state IS
+'what an earlier attempt saved to go on from there';
+COMMENT ON COLUMN idempotency_result.retry_after IS
+'when a repeat of a request in flight should come again';
+COMMENT ON COLUMN idempotency_result.created_at IS
+'when the request was begun';
+COMMENT ON COLUMN idempotency_result.finished_at IS
+'when the answer was stored';
+COMMENT ON COLUMN idempotency_result.expires_at IS
+'when the answer will be forgotten';
+
+--
+-- Table
+--
+-- The columns are known by number to the library (src/store.h).  Text columns
+-- are compared by bytes, whatever the collation of the database.
+--
+
+CREATE TABLE idempotency_key (
+    tenant text COLLATE "C" NOT NULL,
+    action text COLLATE "C" NOT NULL,
+    key text COLLATE "C" NOT NULL,
+    actor text COLLATE "C" NOT NULL,
+    state idempotency_state NOT NULL,
+    request_hash bytea,
+    status_code int,
+    headers jsonb,
+    response json,
+    body bytea,
+    attempt int NOT NULL,
+    recovery_point text,
+    recovery_state jsonb,
+    lease_expires_at timestamptz,
+    created_at timestamptz NOT NULL,
+    finished_at timestamptz,
+    expires_at timestamptz NOT NULL,
+    PRIMARY KEY (tenant, action, key, actor)
+);
+
+CREATE INDEX idempotency_key_expires_at_idx ON idempotency_key (expires_at);
+
+COMMENT ON TABLE idempotency_key IS
+'records of requests; written by nothing but the functions of the extension';
+COMMENT ON COLUMN idempotency_key.tenant IS
+'whose data the request is about, or '''' for the global tenant';
+COMMENT ON COLUMN idempotency_key.action IS
+'the operation, such as orders.create';
+COMMENT ON COLUMN idempotency_key.key IS
+'idempotency key that the client sent';
+COMMENT ON COLUMN idempotency_key.actor IS
+'user or client inside the tenant, or '''' when not used';
+COMMENT ON COLUMN idempotency_key.state IS
+'pending, completed or errored';
+COMMENT ON COLUMN idempotency_key.request_hash IS
+'fingerprint of the request, or null when the caller gave none';
+COMMENT ON COLUMN idempotency_key.status_code IS
+'HTTP status of the answer';
+COMMENT ON COLUMN idempotency_key.headers IS
+'headers of the answer';
+COMMENT ON COLUMN idempotency_key.response IS
+'the answer, when it is JSON';
+COMMENT ON COLUMN idempotency_key.body IS
+'the answer, when it is not JSON';
+COMMENT ON COLUMN idempotency_key.attempt IS
+'how many times the work was begun';
+COMMENT ON COLUMN idempotency_key.recovery_point IS
+'how far the work under a leased claim got';
+COMMENT ON COLUMN idempotency_key.recovery_state IS
+'what is needed to go on from the recovery point';
+COMMENT ON COLUMN idempotency_key.lease_expires_at IS
+'when another caller may take over a leased claim';
+COMMENT ON COLUMN idempotency_key.created_at IS
+'when the request was begun';
+COMMENT ON COLUMN idempotency_key.finished_at IS
+'when the answer was stored';
+COMMENT ON COLUMN idempotency_key.expires_at IS
+'when the record is forgotten, and may be swept';
+COMMENT ON INDEX idempotency_key_expires_at_idx IS
+'finds the records to sweep';
+
+-- answers must survive a dump and restore
+SELECT pg_catalog.pg_extension_config_dump('idempotency_key', '');
+
+--
+-- Calls of an application
+--
+
+CREATE FUNCTION idempotency_begin(
+    tenant text,
+    action text,
+    key text,
+    request jsonb DEFAULT NULL,
+    actor text DEFAULT NULL,
+    ttl interval DEFAULT NULL,
+    wait interval DEFAULT NULL,
+    request_hash bytea DEFAULT NULL
+) RETURNS idempotency_result
+AS 'MODULE_PATHNAME'
+LANGUAGE C VOLATILE PARALLEL UNSAFE;
+
+COMMENT ON FUNCTION idempotency_begin(text, text, text, jsonb, text, interval, interval, bytea) IS
+'claim a request, or get its stored answer; raises an error when it is in flight or mismatched';
+
+CREATE FUNCTION idempotency_try_begin(
+    tenant text,
+    action text,
+    key text,
+    request jsonb DEFAULT NULL,
+    actor text DEFAULT NULL,
+    ttl interval DEFAULT NULL,
+    wait interval DEFAULT NULL,
+    request_hash bytea DEFAULT NULL
+) RETURNS idempotency_result
+AS 'MODULE_PATHNAME'
+LANGUAGE C VOLATILE PARALLEL UNSAFE;
+
+COMMENT ON FUNCTION idempotency_try_begin(text, text, text, jsonb, text, interval, interval, bytea) IS
+'claim a request, or get its stored answer; tells by the outcome when it is in flight or mismatched';
+
+CREATE FUNCTION idempotency_finish(
+    tenant text,
+    action text,
+    key text,
+    status_code int DEFAULT 200,
+    response json DEFAULT NULL,
+    headers jsonb DEFAULT NULL,
+    actor text DEFAULT NULL,
+    body bytea DEFAULT NULL
+) RETURNS text
+AS 'MODULE_PATHNAME'
+LANGUAGE C VOLATILE PARALLEL UNSAFE;
+
+COMMENT ON FUNCTION idempotency_finish(text, text, text, int, json, jsonb, text, bytea) IS
+'store the answer of a claimed request and end the claim';
+
+CREATE FUNCTION idempotency_replay(
+    tenant text,
+    action text,
+    key text,
+    request jsonb DEFAULT NULL,
+    actor text DEFAULT NULL,
+    request_hash bytea DEFAULT NULL
+) RETURNS idempotency_result
+AS 'MODULE_PATHNAME'
+LANGUAGE C VOLATILE PARALLEL UNSAFE;
+
+COMMENT ON FUNCTION idempotency_replay(text, text, text, jsonb, text, bytea) IS
+'get the stored answer of a request without claiming it, also on a standby';
+
+CREATE FUNCTION idempotency_release(
+    tenant text,
+    action text,
+    key text,
+    actor text DEFAULT NULL
+) RETURNS boolean
+AS 'MODULE_PATHNAME'
+LANGUAGE C VOLATILE PARALLEL UNSAFE;
+
+COMMENT ON FUNCTION idempotency_release(text, text, text, text) IS
+'give back a claim without an answer; returns whether there was one';
+
+CREATE FUNCTION idempotency_request_hash(request jsonb) RETURNS bytea
+AS 'MODULE_PATHNAME'
+LANGUAGE C IMMUTABLE STRICT PARALLEL SAFE;
+
+COMMENT ON FUNCTION idempotency_request_hash(jsonb) IS
+'fingerprint of a request: SHA-256 of its canonical form';
+
+--
+-- Calls of an administrator
+--
+
+CREATE PROCEDURE idempotency_sweep(
+    batch_size int DEFAULT NULL,
+    max_duration interval DEFAULT NULL,
+    INOUT swept bigint DEFAULT NULL
+)
+AS 'MODULE_PATHNAME'
+LANGUAGE C;
+
+COMMENT ON PROCEDURE idempotency_sweep(int, interval, bigint) IS
+'delete expired records, in batches of a transaction each; returns how many';
+
+CREATE FUNCTION idempotency_in_flight(
+    OUT pid int,
+    OUT tenant text,
+    OUT actor text,
+    OUT action text,
+    OUT key text,
+    OUT started_at timestamptz
+) RETURNS SETOF record
+AS 'MODULE_PATHNAME'
+LANGUAGE C VOLATILE PARALLEL SAFE;
+
+COMMENT ON FUNCTION idempotency_in_flight() IS
+'claims of transactions in this database, as known in shared memory';
+
+CREATE VIEW idempotency_in_flight AS
+    SELECT pid, tenant, actor, action, key,
+           1 AS attempt,
+           started_at,
+           NULL::timestamptz AS lease_expires_at
+    FROM idempotency_in_flight();
+
+COMMENT ON VIEW idempotency_in_flight IS
+'claims in flight in this database; empty unless the library is preloaded';
+COMMENT ON COLUMN idempotency_in_flight.pid IS
+'process that holds the claim, null when no process does';
+COMMENT ON COLUMN idempotency_in_flight.tenant IS
+'tenant of the request';
+COMMENT ON COLUMN idempotency_in_flight.actor IS
+'actor of the request';
+COMMENT ON COLUMN idempotency_in_flight.action IS
+'action of the request';
+COMMENT ON COLUMN idempotency_in_flight.key IS
+'key of the request';
+COMMENT ON COLUMN idempotency_in_flight.attempt IS
+'how many times the work was begun';
+COMMENT ON COLUMN idempotency_in_flight.started_at IS
+'when the claim was begun';
+COMMENT ON COLUMN idempotency_in_flight.lease_expires_at IS
+'when another caller may take over a leased claim';
+
+CREATE FUNCTION idempotency_tracking(
+    OUT capacity int,
+    OUT used int,
+    OUT untracked bigint
+)
+AS 'MODULE_PATHNAME'
+LANGUAGE C VOLATILE PARALLEL SAFE;
+
+COMMENT ON FUNCTION idempotency_tracking() IS
+'room for claims in shared memory, how much is used, and how many claims found none; nulls unless the library is preloaded';
+
+--
+-- Rights: nobody but the owner has any until the administrator hands them out
+--
+
+REVOKE ALL ON TYPE idempotency_state FROM PUBLIC;
+REVOKE ALL ON TYPE idempotency_result FROM PUBLIC;
+REVOKE ALL ON FUNCTION idempotency_begin FROM PUBLIC;
+REVOKE ALL ON FUNCTION idempotency_try_begin FROM PUBLIC;
+REVOKE ALL ON FUNCTION idempotency_finish FROM PUBLIC;
+REVOKE ALL ON FUNCTION idempotency_replay FROM PUBLIC;
+REVOKE ALL ON FUNCTION idempotency_release FROM PUBLIC;
+REVOKE ALL ON FUNCTION idempotency_request_hash FROM PUBLIC;
+REVOKE ALL ON PROCEDURE idempotency_sweep FROM PUBLIC;
+REVOKE ALL ON FUNCTION idempotency_in_flight FROM PUBLIC;
+REVOKE ALL ON FUNCTION idempotency_tracking FROM PUBLIC;
+
+GRANT SELECT ON idempotency_in_flight TO pg_monitor;
+GRANT EXECUTE ON FUNCTION idempotency_in_flight TO pg_monitor;
+GRANT EXECUTE ON FUNCTION idempotency_tracking TO pg_monitor;

@@ -1,0 +1,22 @@
+/*-------------------------------------------------------------------------
+ *
+ * call.h
+ *	  What the calls of an application have in common.
+ *
+ *-------------------------------------------------------------------------
+ */
+#ifndef IDEMPOTENCY_CALL_H
+#define IDEMPOTENCY_CALL_H
+
+#include "postgres.h"
+
+#include "datatype/timestamp.h"
+#include "fmgr.h"
+
+extern void CallNeedsReadWrite(const char *function);
+extern int64 CallReadTtl(FunctionCallInfo fcinfo, int argument);
+extern int	CallReadWait(FunctionCallInfo fcinfo, int argument);
+extern int64 CallIntervalToUsecs(const Interval *interval);
+extern int64 CallSettingToUsecs(const char *name, int secs);
+
+#endif							/* IDEMPOTENCY_CALL_H */

@@ -1,0 +1,41 @@
+/*-------------------------------------------------------------------------
+ *
+ * claim.h
+ *	  Transaction claims.
+ *
+ *-------------------------------------------------------------------------
+ */
+#ifndef IDEMPOTENCY_CLAIM_H
+#define IDEMPOTENCY_CLAIM_H
+
+#include "postgres.h"
+
+#include "datatype/timestamp.h"
+#include "fingerprint.h"
+#include "scope.h"
+
+/* A claim that this transaction began */
+typedef struct Claim
+{
+	struct Claim *next;			/* the one begun before it */
+	LOCKTAG		locktag;
+	int			held_level;		/* (sub)transaction that it goes with */
+	int			ended_level;	/* the one that ended it, 0 while it is held */
+	bool		tracked;		/* has an entry in shared memory */
+	bool		replaces;		/* there was an expired record */
+	TimestampTz started_at;
+	int64		ttl;			/* microseconds, 0 for the setting */
+	Fingerprint fingerprint;
+	ScopeName	name;			/* allocated as long as needed */
+} Claim;
+
+extern void ClaimInit(void);
+extern bool ClaimTryLock(const Scope *scope);
+extern bool ClaimWaitLock(const Scope *scope, int wait_ms);
+extern void ClaimUnlock(const Scope *scope);
+extern Claim *ClaimAdd(const Scope *scope, const Fingerprint *fingerprint);
+extern Claim *ClaimFindHeld(const Scope *scope);
+extern void ClaimEnd(Claim *claim);
+extern void ClaimForget(Claim *claim, const Scope *scope);
+
+#endif							/* IDEMPOTENCY_CLAIM_H */

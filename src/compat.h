@@ -1,0 +1,78 @@
+/*-------------------------------------------------------------------------
+ *
+ * compat.h
+ *	  Everything that differs between the supported PostgreSQL versions.
+ *
+ * The rest of the source is written for the newest version; the definitions
+ * here make older servers look like it, so that no other file needs a version
+ * test.
+ *
+ *-------------------------------------------------------------------------
+ */
+#ifndef IDEMPOTENCY_COMPAT_H
+#define IDEMPOTENCY_COMPAT_H
+
+#include "postgres.h"
+
+#if PG_VERSION_NUM < 150000
+#error "idempotency needs PostgreSQL 15 or later"
+#endif
+
+#include "access/genam.h"
+#include "access/table.h"
+#include "catalog/pg_extension.h"
+#include "commands/extension.h"
+#include "executor/executor.h"
+#include "utils/fmgroids.h"
+#include "utils/relcache.h"
+
+#if PG_VERSION_NUM >= 160000
+#include "varatt.h"				/* was part of postgres.h */
+#endif
+
+#if PG_VERSION_NUM < 180000
+
+/* index_beginscan() got a place for index scan statistics */
+#define index_beginscan(heap, index, snapshot, instrument, nkeys, norderbys) \
+	index_beginscan(heap, index, snapshot, nkeys, norderbys)
+
+/* RelationGetPrimaryKeyIndex() learned to return a deferrable one */
+#define RelationGetPrimaryKeyIndex(rel, deferrable_ok) \
+	RelationGetPrimaryKeyIndex(rel)
+
+#endif							/* before 18 */
+
+#if PG_VERSION_NUM < 160000
+
+/* The extra data of a setting moved from malloc to a memory context */
+#define guc_malloc(elevel, size) malloc(size)
+
+/* ExecInsertIndexTuples() got onlySummarizing */
+#define ExecInsertIndexTuples(rri, slot, estate, update, nodup, spec, arbiters, summarizing) \
+	ExecInsertIndexTuples(rri, slot, estate, update, nodup, spec, arbiters)
+
+/* get_extension_schema() was private to extension.c */
+static inline Oid
+get_extension_schema(Oid ext_oid)
+{
+	Relation	rel = table_open(ExtensionRelationId, AccessShareLock);
+	ScanKeyData entry;
+	SysScanDesc scan;
+	HeapTuple	tuple;
+	Oid			result = InvalidOid;
+
+	ScanKeyInit(&entry, Anum_pg_extension_oid, BTEqualStrategyNumber, F_OIDEQ,
+				ObjectIdGetDatum(ext_oid));
+	scan = systable_beginscan(rel, ExtensionOidIndexId, true, NULL, 1, &entry);
+	tuple = systable_getnext(scan);
+	if (HeapTupleIsValid(tuple))
+		result = ((Form_pg_extension) GETSTRUCT(tuple))->extnamespace;
+	systable_endscan(scan);
+	table_close(rel, AccessShareLock);
+
+	return result;
+}
+
+#endif							/* before 16 */
+
+#endif							/* IDEMPOTENCY_COMPAT_H */

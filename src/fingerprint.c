@@ -1,0 +1,365 @@
+/*-------------------------------------------------------------------------
+ *
+ * fingerprint.c
+ *	  What tells a repeat from a different request under the same key.
+ *
+ * The fingerprint is the SHA-256 of a canonical form of the request.  Two
+ * requests have the same form if and only if they are equal as jsonb: the
+ * order of keys, white space and the spelling of numbers and strings do not
+ * count.  Stored fingerprints outlive the server that made them, so the form
+ * is defined here, in bytes, and uses nothing of how a jsonb is laid out:
+ *
+ *	form	0x01, the version of the form, then one value
+ *	null	'n'
+ *	true	't'
+ *	false	'f'
+ *	number	'#' length digits	plain decimal digits, without an exponent and
+ *								without zeros at the end of a fraction
+ *	string	'"' length bytes	UTF-8
+ *	array	'[' count values
+ *	object	'{' count members	a member is a length, the bytes of the key and
+ *								a value; shorter keys come first, and keys of
+ *								equal length are in the order of their bytes
+ *
+ * A length or count is four bytes, most significant first.  In a database
+ * whose encoding is SQL_ASCII nobody knows what the bytes of a string mean, and
+ * they are taken as they are.
+ *
+ * Whoever changes the form must give it a new version, and has to know that
+ * repeats of requests from before the change will be refused as different.
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "idempotency.h"
+
+#include "common/cryptohash.h"
+#include "common/sha2.h"
+#include "fingerprint.h"
+#include "mb/pg_wchar.h"
+#include "miscadmin.h"
+#include "port/pg_bswap.h"
+#include "utils/fmgrprotos.h"
+#include "utils/jsonb.h"
+#include "utils/numeric.h"
+
+#define FORM_VERSION	0x01
+
+/* Hash what was written so far when it is longer than this */
+#define FLUSH_BYTES		8192
+
+/* A form being written */
+typedef struct FormWriter
+{
+	pg_cryptohash_ctx *hash;	/* takes the form in pieces */
+	StringInfoData buf;			/* what the hash has not seen yet */
+} FormWriter;
+
+/* A member of an object, with the key as it goes into the form */
+typedef struct FormMember
+{
+	char	   *key;
+	int			key_len;
+	JsonbValue	value;
+} FormMember;
+
+static void hash_request(Jsonb *request, uint8 *digest);
+static void write_container(FormWriter *writer, JsonbContainer *container);
+static void write_array(FormWriter *writer, JsonbIterator **it, int count);
+static void write_object(FormWriter *writer, JsonbIterator **it, int count);
+static void write_value(FormWriter *writer, JsonbValue *value);
+static void write_header(FormWriter *writer, char type, int count);
+static void write_bytes(FormWriter *writer, const char *data, int len);
+static void flush_form(FormWriter *writer);
+static char *to_utf8(char *data, int *len);
+static int	compare_members(const void *a, const void *b);
+static void hash_failed(pg_cryptohash_ctx *hash);
+
+PG_FUNCTION_INFO_V1(idempotency_request_hash);
+
+/*
+ * idempotency_request_hash(request jsonb) returns bytea
+ *
+ * The fingerprint of a request, 32 bytes.
+ */
+Datum
+idempotency_request_hash(PG_FUNCTION_ARGS)
+{
+	Fingerprint fingerprint;
+
+	fingerprint.len = PG_SHA256_DIGEST_LENGTH;
+	hash_request(PG_GETARG_JSONB_P(0), fingerprint.data);
+
+	return FingerprintGetBytea(&fingerprint);
+}
+
+/*
+ * Get the fingerprint of a call: of the request, or the digest that the
+ * caller brought, or none at all.
+ *
+ * Errors: ID002 when both are given or the digest has no sensible length.
+ */
+void
+FingerprintFromArguments(Fingerprint *fingerprint, FunctionCallInfo fcinfo,
+						 int request_argument, int hash_argument)
+{
+	fingerprint->len = 0;
+
+	if (!PG_ARGISNULL(hash_argument))
+	{
+		bytea	   *digest = PG_GETARG_BYTEA_PP(hash_argument);
+		int			len = VARSIZE_ANY_EXHDR(digest);
+
+		if (!PG_ARGISNULL(request_argument))
+			ereport(ERROR,
+					(errcode(ERRCODE_IDEMPOTENCY_MALFORMED),
+					 errmsg("both request and request_hash were given"),
+					 errhint("Give the request, or a digest of it that does not change between retries.")));
+
+		if (len < FINGERPRINT_MIN || len > FINGERPRINT_MAX)
+			ereport(ERROR,
+					(errcode(ERRCODE_IDEMPOTENCY_MALFORMED),
+					 errmsg("request_hash is malformed"),
+					 errdetail("It is %d bytes long, and must have %d to %d.",
+							   len, FINGERPRINT_MIN, FINGERPRINT_MAX)));
+
+		FingerprintFromBytea(fingerprint, PointerGetDatum(digest));
+	}
+	else if (!PG_ARGISNULL(request_argument))
+	{
+		fingerprint->len = PG_SHA256_DIGEST_LENGTH;
+		hash_request(PG_GETARG_JSONB_P(request_argument), fingerprint->data);
+	}
+}
+
+/*
+ * Whether two fingerprints are of different requests.  One that is not known
+ * differs from none.
+ */
+bool
+FingerprintDiffers(const Fingerprint *a, const Fingerprint *b)
+{
+	if (a->len == 0 || b->len == 0)
+		return false;
+	return a->len != b->len || memcmp(a->data, b->data, a->len) != 0;
+}
+
+/*
+ * Read a fingerprint from a bytea of at most FINGERPRINT_MAX bytes.
+ */
+void
+FingerprintFromBytea(Fingerprint *fingerprint, Datum value)
+{
+	bytea	   *digest = DatumGetByteaPP(value);
+	int			len = VARSIZE_ANY_EXHDR(digest);
+
+	if (len > FINGERPRINT_MAX)
+		elog(ERROR, "request_hash of idempotency record is too long");
+
+	fingerprint->len = (uint8) len;
+	memcpy(fingerprint->data, VARDATA_ANY(digest), len);
+}
+
+/*
+ * A known fingerprint as a bytea that is allocated here.
+ */
+Datum
+FingerprintGetBytea(const Fingerprint *fingerprint)
+{
+	bytea	   *result = palloc(VARHDRSZ + fingerprint->len);
+
+	SET_VARSIZE(result, VARHDRSZ + fingerprint->len);
+	memcpy(VARDATA(result), fingerprint->data, fingerprint->len);
+
+	return PointerGetDatum(result);
+}
+
+/*
+ * Write the form of a request and hash it.
+ */
+static void
+hash_request(Jsonb *request, uint8 *digest)
+{
+	FormWriter	writer;
+
+	writer.hash = pg_cryptohash_create(PG_SHA256);
+	if (pg_cryptohash_init(writer.hash) < 0)
+		hash_failed(writer.hash);
+	initStringInfo(&writer.buf);
+
+	appendStringInfoCharMacro(&writer.buf, FORM_VERSION);
+	write_container(&writer, &request->root);
+
+	flush_form(&writer);
+	if (pg_cryptohash_final(writer.hash, digest, PG_SHA256_DIGEST_LENGTH) < 0)
+		hash_failed(writer.hash);
+	pg_cryptohash_free(writer.hash);
+	pfree(writer.buf.data);
+}
+
+/*
+ * Write an array, an object, or the lone value that a jsonb can also be.
+ */
+static void
+write_container(FormWriter *writer, JsonbContainer *container)
+{
+	JsonbIterator *it = JsonbIteratorInit(container);
+	JsonbValue	value;
+
+	check_stack_depth();
+
+	if (JsonbIteratorNext(&it, &value, true) == WJB_BEGIN_OBJECT)
+		write_object(writer, &it, value.val.object.nPairs);
+	else if (value.val.array.rawScalar)
+	{
+		JsonbIteratorNext(&it, &value, true);
+		write_value(writer, &value);
+	}
+	else
+		write_array(writer, &it, value.val.array.nElems);
+}
+
+static void
+write_array(FormWriter *writer, JsonbIterator **it, int count)
+{
+	JsonbValue	value;
+
+	write_header(writer, '[', count);
+	for (int i = 0; i < count; i++)
+	{
+		JsonbIteratorNext(it, &value, true);
+		write_value(writer, &value);
+	}
+}
+
+static void
+write_object(FormWriter *writer, JsonbIterator **it, int count)
+{
+	FormMember *members = palloc_array(FormMember, count);
+
+	for (int i = 0; i < count; i++)
+	{
+		JsonbValue	key;
+
+		JsonbIteratorNext(it, &key, true);
+		members[i].key_len = key.val.string.len;
+		members[i].key = to_utf8(key.val.string.val, &members[i].key_len);
+		JsonbIteratorNext(it, &members[i].value, true);
+	}
+
+	/* costs one comparison a member where jsonb happens to have this order */
+	qsort(members, count, sizeof(FormMember), compare_members);
+
+	write_header(writer, '{', count);
+	for (int i = 0; i < count; i++)
+	{
+		write_bytes(writer, members[i].key, members[i].key_len);
+		write_value(writer, &members[i].value);
+	}
+	pfree(members);
+}
+
+static void
+write_value(FormWriter *writer, JsonbValue *value)
+{
+	CHECK_FOR_INTERRUPTS();
+
+	switch (value->type)
+	{
+		case jbvNull:
+			appendStringInfoCharMacro(&writer->buf, 'n');
+			break;
+		case jbvBool:
+			appendStringInfoCharMacro(&writer->buf,
+									  value->val.boolean ? 't' : 'f');
+			break;
+		case jbvNumeric:
+			{
+				char	   *digits = numeric_normalize(value->val.numeric);
+
+				appendStringInfoCharMacro(&writer->buf, '#');
+				write_bytes(writer, digits, strlen(digits));
+				pfree(digits);
+				break;
+			}
+		case jbvString:
+			{
+				int			len = value->val.string.len;
+				char	   *data = to_utf8(value->val.string.val, &len);
+
+				appendStringInfoCharMacro(&writer->buf, '"');
+				write_bytes(writer, data, len);
+				break;
+			}
+		case jbvBinary:
+			write_container(writer, value->val.binary.data);
+			break;
+		default:
+			elog(ERROR, "unrecognized jsonb value type: %d", (int) value->type);
+	}
+
+	if (writer->buf.len > FLUSH_BYTES)
+		flush_form(writer);
+}
+
+static void
+write_header(FormWriter *writer, char type, int count)
+{
+	uint32		n = pg_hton32((uint32) count);
+
+	appendStringInfoCharMacro(&writer->buf, type);
+	appendBinaryStringInfo(&writer->buf, (char *) &n, sizeof(n));
+}
+
+static void
+write_bytes(FormWriter *writer, const char *data, int len)
+{
+	uint32		n = pg_hton32((uint32) len);
+
+	appendBinaryStringInfo(&writer->buf, (char *) &n, sizeof(n));
+	appendBinaryStringInfo(&writer->buf, data, len);
+}
+
+static void
+flush_form(FormWriter *writer)
+{
+	if (pg_cryptohash_update(writer->hash, (uint8 *) writer->buf.data,
+							 writer->buf.len) < 0)
+		hash_failed(writer->hash);
+	resetStringInfo(&writer->buf);
+}
+
+/*
+ * A string in UTF-8; it is the string itself where the server has UTF-8.
+ */
+static char *
+to_utf8(char *data, int *len)
+{
+	char	   *utf8;
+
+	if (GetDatabaseEncoding() == PG_UTF8 ||
+		GetDatabaseEncoding() == PG_SQL_ASCII)
+		return data;
+
+	utf8 = pg_server_to_any(data, *len, PG_UTF8);
+	if (utf8 != data)
+		*len = strlen(utf8);
+	return utf8;
+}
+
+static int
+compare_members(const void *a, const void *b)
+{
+	const FormMember *left = a;
+	const FormMember *right = b;
+
+	if (left->key_len != right->key_len)
+		return left->key_len < right->key_len ? -1 : 1;
+	return memcmp(left->key, right->key, left->key_len);
+}
+
+static void
+hash_failed(pg_cryptohash_ctx *hash)
+{
+	elog(ERROR, "could not compute SHA-256 of request: %s",
+		 pg_cryptohash_error(hash));
+}

@@ -1,0 +1,226 @@
+/*-------------------------------------------------------------------------
+ *
+ * idempotency.c
+ *	  Load time: the settings, and the hooks of the other files.
+ *
+ * Who may change a setting follows one rule.  What an application decides for
+ * itself (how long to keep an answer, how long to wait, which statuses may be
+ * retried) can be set by anyone, for a role, a session or a transaction.
+ * Limits that protect the server or other applications, and what a role could
+ * otherwise use to step around a guarantee, are the administrator's.
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "idempotency.h"
+
+#include <limits.h>
+
+#include "claim.h"
+#include "fmgr.h"
+#include "in_flight.h"
+#include "miscadmin.h"
+#include "status.h"
+#include "store.h"
+#include "utils/guc.h"
+
+PG_MODULE_MAGIC;
+
+PGDLLEXPORT void _PG_init(void);
+
+static bool check_ttl(int *newval, void **extra, GucSource source);
+static void define_lifetime_settings(void);
+static void define_answer_settings(void);
+static void define_administrator_settings(void);
+static void define_server_settings(void);
+
+int			idempotency_ttl;
+int			idempotency_error_ttl;
+int			idempotency_max_ttl;
+int			idempotency_wait;
+int			idempotency_retry_after;
+int			idempotency_key_format;
+int			idempotency_key_min_length;
+int			idempotency_key_max_length;
+int			idempotency_max_response_size;
+char	   *idempotency_retryable_status;
+bool		idempotency_commit_guard;
+char	   *idempotency_tenant;
+int			idempotency_sweep_batch_size;
+int			idempotency_max_tracked_claims;
+
+static const struct config_enum_entry key_formats[] = {
+	{"ascii", KEY_FORMAT_ASCII, false},
+	{"slug", KEY_FORMAT_SLUG, false},
+	{"uuid", KEY_FORMAT_UUID, false},
+	{NULL, 0, false}
+};
+
+/*
+ * Library entry point.
+ */
+void
+_PG_init(void)
+{
+	define_lifetime_settings();
+	define_answer_settings();
+	define_administrator_settings();
+	define_server_settings();
+	MarkGUCPrefixReserved("idempotency");
+
+	StoreInit();
+	ClaimInit();
+	InFlightInit();
+}
+
+/*
+ * The name of a key format, as the setting spells it.
+ */
+const char *
+KeyFormatName(int format)
+{
+	return key_formats[format].name;
+}
+
+/*
+ * Refuse a lifetime above idempotency.max_ttl as soon as somebody asks for it.
+ *
+ * A check hook cannot rely on the value of another setting while the
+ * configuration file is being read, so what comes from there is checked when
+ * it is used (see request.c), as is a max_ttl that is lowered later.
+ */
+static bool
+check_ttl(int *newval, void **extra, GucSource source)
+{
+	if (source >= PGC_S_INTERACTIVE && *newval > idempotency_max_ttl)
+	{
+		GUC_check_errdetail("The value must be at most \"idempotency.max_ttl\", %d s.",
+							idempotency_max_ttl);
+		return false;
+	}
+	return true;
+}
+
+static void
+define_lifetime_settings(void)
+{
+	DefineCustomIntVariable("idempotency.max_ttl",
+							"Sets the longest time that an answer may be kept.",
+							NULL,
+							&idempotency_max_ttl,
+							72 * 60 * 60, MIN_TTL_SECS, 366 * 24 * 60 * 60,
+							PGC_SUSET, GUC_UNIT_S,
+							NULL, NULL, NULL);
+	DefineCustomIntVariable("idempotency.ttl",
+							"Sets how long a completed answer is kept for replay.",
+							"At most idempotency.max_ttl.",
+							&idempotency_ttl,
+							24 * 60 * 60, MIN_TTL_SECS, INT_MAX,
+							PGC_USERSET, GUC_UNIT_S,
+							check_ttl, NULL, NULL);
+	DefineCustomIntVariable("idempotency.error_ttl",
+							"Sets how long a final error is kept for replay.",
+							"At most idempotency.max_ttl.",
+							&idempotency_error_ttl,
+							60 * 60, 1, INT_MAX,
+							PGC_USERSET, GUC_UNIT_S,
+							check_ttl, NULL, NULL);
+}
+
+static void
+define_answer_settings(void)
+{
+	DefineCustomIntVariable("idempotency.wait",
+							"Sets how long a request waits for another one with the same key that is in flight.",
+							"Zero answers at once.",
+							&idempotency_wait,
+							0, 0, MAX_WAIT_MS,
+							PGC_USERSET, GUC_UNIT_MS,
+							NULL, NULL, NULL);
+	DefineCustomIntVariable("idempotency.retry_after",
+							"Sets the least time after which a repeat of a request in flight is asked to come again.",
+							NULL,
+							&idempotency_retry_after,
+							1, 1, 60 * 60,
+							PGC_USERSET, GUC_UNIT_S,
+							NULL, NULL, NULL);
+	DefineCustomStringVariable("idempotency.retryable_status",
+							   "Lists the statuses after which a request may be run again.",
+							   "Statuses from 400 to 599, and the classes 4xx and 5xx.",
+							   &idempotency_retryable_status,
+							   "408,409,425,429,5xx",
+							   PGC_USERSET, GUC_LIST_INPUT,
+							   StatusCheckRetryable, StatusAssignRetryable, NULL);
+}
+
+static void
+define_administrator_settings(void)
+{
+	DefineCustomEnumVariable("idempotency.key_format",
+							 "Sets the form that a key must have.",
+							 NULL,
+							 &idempotency_key_format,
+							 KEY_FORMAT_ASCII, key_formats,
+							 PGC_SUSET, 0,
+							 NULL, NULL, NULL);
+	DefineCustomIntVariable("idempotency.key_min_length",
+							"Sets the least length of a key.",
+							NULL,
+							&idempotency_key_min_length,
+							1, 1, 255,
+							PGC_SUSET, 0,
+							NULL, NULL, NULL);
+	DefineCustomIntVariable("idempotency.key_max_length",
+							"Sets the greatest length of a key.",
+							NULL,
+							&idempotency_key_max_length,
+							255, 1, 255,
+							PGC_SUSET, 0,
+							NULL, NULL, NULL);
+	DefineCustomIntVariable("idempotency.max_response_size",
+							"Sets the greatest size of an answer with its headers.",
+							NULL,
+							&idempotency_max_response_size,
+							1024 * 1024, 0, 256 * 1024 * 1024,
+							PGC_SUSET, GUC_UNIT_BYTE,
+							NULL, NULL, NULL);
+	DefineCustomBoolVariable("idempotency.commit_guard",
+							 "Refuses to commit a transaction that has a claim it did not finish.",
+							 "When off, such a commit gets a warning.",
+							 &idempotency_commit_guard,
+							 true,
+							 PGC_SUSET, 0,
+							 NULL, NULL, NULL);
+	DefineCustomStringVariable("idempotency.tenant",
+							   "Pins calls to one tenant.",
+							   "When set, for example with ALTER ROLE, a call for another tenant is refused.",
+							   &idempotency_tenant,
+							   "",
+							   PGC_SUSET, 0,
+							   NULL, NULL, NULL);
+	DefineCustomIntVariable("idempotency.sweep_batch_size",
+							"Sets how many expired records a sweep deletes in one transaction.",
+							NULL,
+							&idempotency_sweep_batch_size,
+							1000, 1, 1000000,
+							PGC_SUSET, 0,
+							NULL, NULL, NULL);
+}
+
+/*
+ * What sizes shared memory exists only where there is shared memory to size:
+ * the library must be preloaded.
+ */
+static void
+define_server_settings(void)
+{
+	if (!process_shared_preload_libraries_in_progress)
+		return;
+
+	DefineCustomIntVariable("idempotency.max_tracked_claims",
+							"Sets how many claims in flight can be described in shared memory.",
+							"Claims beyond it are as safe, but repeats learn less about them.",
+							&idempotency_max_tracked_claims,
+							1024, 16, 1024 * 1024,
+							PGC_POSTMASTER, 0,
+							NULL, NULL, NULL);
+}

@@ -1,0 +1,395 @@
+/*-------------------------------------------------------------------------
+ *
+ * in_flight.c
+ *	  Claims in flight, described in shared memory.
+ *
+ * A transaction claim writes no row before it is finished, so that nobody
+ * else could see what is known about it.  When the library is preloaded, this
+ * table tells: who holds the claim, since when, and for which request.  From
+ * here come the view idempotency_in_flight, the details of an answer "in
+ * flight", and the mismatch that is found while the first request still runs.
+ *
+ * Nothing here decides who may run.  An entry is made after the lock of the
+ * claim was got and removed before the lock goes, so an entry that is found is
+ * at worst a moment old.  Where there is no entry (the library is not
+ * preloaded, the table is full, the server restarted after a transaction was
+ * prepared), repeats just learn less.
+ *
+ * A prepared transaction has no process, and no code of ours runs when it is
+ * resolved.  Its entries stay behind with pid 0.  They are known to be stale by
+ * their lock, which nobody holds any more; readers pass over such an entry, the
+ * next claim on the scope takes it over, and when the table is full they are
+ * thrown out.
+ *
+ * The table is a partitioned hash table like that of the lock manager: a
+ * backend takes one of NUM_PARTITIONS locks for an entry, and all of them, in
+ * order, to look at the whole.
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "idempotency.h"
+
+#include "funcapi.h"
+#include "in_flight.h"
+#include "miscadmin.h"
+#include "port/atomics.h"
+#include "storage/ipc.h"
+#include "storage/lwlock.h"
+#include "storage/shmem.h"
+#include "utils/builtins.h"
+#include "utils/hsearch.h"
+#include "utils/timestamp.h"
+
+#define NUM_PARTITIONS		16
+#define TRANCHE_NAME		"idempotency"
+
+/* Columns of idempotency_in_flight() */
+enum
+{
+	IN_FLIGHT_PID,
+	IN_FLIGHT_TENANT,
+	IN_FLIGHT_ACTOR,
+	IN_FLIGHT_ACTION,
+	IN_FLIGHT_KEY,
+	IN_FLIGHT_STARTED_AT,
+	IN_FLIGHT_COLUMNS
+};
+
+typedef struct InFlightState
+{
+	pg_atomic_uint64 untracked; /* claims that found the table full */
+} InFlightState;
+
+static Size in_flight_size(void);
+static void request_shmem(void);
+static void startup_shmem(void);
+static LWLock *partition_lock(uint32 hash);
+static void lock_all_partitions(LWLockMode mode);
+static void unlock_all_partitions(void);
+static bool is_stale(const InFlightClaim *claim);
+static void remove_stale_claims(void);
+static void put_claim(ReturnSetInfo *rsinfo, const InFlightClaim *claim);
+
+PG_FUNCTION_INFO_V1(idempotency_in_flight);
+PG_FUNCTION_INFO_V1(idempotency_tracking);
+
+static shmem_request_hook_type prev_shmem_request_hook = NULL;
+static shmem_startup_hook_type prev_shmem_startup_hook = NULL;
+
+/* pointers to shared memory, null unless the library is preloaded */
+static InFlightState *state = NULL;
+static HTAB *claims = NULL;
+static LWLockPadded *partitions = NULL;
+
+/*
+ * Ask for shared memory while there is still time to.
+ */
+void
+InFlightInit(void)
+{
+	if (!process_shared_preload_libraries_in_progress)
+		return;
+
+	prev_shmem_request_hook = shmem_request_hook;
+	shmem_request_hook = request_shmem;
+	prev_shmem_startup_hook = shmem_startup_hook;
+	shmem_startup_hook = startup_shmem;
+}
+
+/*
+ * Describe a claim that this backend just got the lock of.
+ *
+ * Returns false when there is no room for it.
+ */
+bool
+InFlightTrack(const Scope *scope, const Fingerprint *fingerprint,
+			  TimestampTz started_at)
+{
+	uint32		hash;
+	InFlightClaim *entry = NULL;
+
+	if (claims == NULL)
+		return false;
+
+	hash = get_hash_value(claims, &scope->locktag);
+	for (int attempt = 0; attempt < 2; attempt++)
+	{
+		/* An entry may be there already, and is then stale or our own */
+		LWLockAcquire(partition_lock(hash), LW_EXCLUSIVE);
+		entry = hash_search_with_hash_value(claims, &scope->locktag, hash,
+											HASH_ENTER_NULL, NULL);
+		if (entry != NULL)
+			break;
+		LWLockRelease(partition_lock(hash));
+		if (attempt == 0)
+			remove_stale_claims();
+	}
+
+	if (entry == NULL)
+	{
+		pg_atomic_fetch_add_u64(&state->untracked, 1);
+		return false;
+	}
+
+	entry->pid = MyProcPid;
+	entry->started_at = started_at;
+	entry->fingerprint = *fingerprint;
+	memcpy(&entry->name, &scope->name, SizeOfScopeName(&scope->name));
+	LWLockRelease(partition_lock(hash));
+
+	return true;
+}
+
+/*
+ * Remove the entry of a claim whose lock this backend is about to lose.
+ */
+void
+InFlightForget(const LOCKTAG *locktag)
+{
+	uint32		hash = get_hash_value(claims, locktag);
+
+	LWLockAcquire(partition_lock(hash), LW_EXCLUSIVE);
+	hash_search_with_hash_value(claims, locktag, hash, HASH_REMOVE, NULL);
+	LWLockRelease(partition_lock(hash));
+}
+
+/*
+ * Note that a claim now belongs to a prepared transaction.
+ */
+void
+InFlightPrepare(const LOCKTAG *locktag)
+{
+	uint32		hash = get_hash_value(claims, locktag);
+	InFlightClaim *entry;
+
+	LWLockAcquire(partition_lock(hash), LW_EXCLUSIVE);
+	entry = hash_search_with_hash_value(claims, locktag, hash, HASH_FIND, NULL);
+	if (entry != NULL)
+		entry->pid = 0;
+	LWLockRelease(partition_lock(hash));
+}
+
+/*
+ * Get a copy of what is known about the claim on a scope.
+ *
+ * The caller has just found the lock of the scope taken, which is why an entry
+ * of a prepared transaction is believed here.
+ */
+bool
+InFlightFind(const Scope *scope, InFlightClaim *found)
+{
+	uint32		hash;
+	InFlightClaim *entry;
+	bool		result = false;
+
+	if (claims == NULL)
+		return false;
+
+	hash = get_hash_value(claims, &scope->locktag);
+	LWLockAcquire(partition_lock(hash), LW_SHARED);
+	entry = hash_search_with_hash_value(claims, &scope->locktag, hash,
+										HASH_FIND, NULL);
+
+	/* the name differs when another scope has the same lock */
+	if (entry != NULL && ScopeNameEquals(&entry->name, &scope->name))
+	{
+		*found = *entry;
+		result = true;
+	}
+	LWLockRelease(partition_lock(hash));
+
+	return result;
+}
+
+/*
+ * idempotency_in_flight() returns setof record
+ *
+ * The claims in flight in this database; none unless the library is preloaded.
+ */
+Datum
+idempotency_in_flight(PG_FUNCTION_ARGS)
+{
+	HASH_SEQ_STATUS seq;
+	InFlightClaim *entry;
+	InFlightClaim *copies;
+	int			count = 0;
+
+	InitMaterializedSRF(fcinfo, 0);
+	if (claims == NULL)
+		return (Datum) 0;
+
+	/* Copy under the locks; what is slower comes after */
+	lock_all_partitions(LW_SHARED);
+	copies = MemoryContextAllocHuge(CurrentMemoryContext,
+									sizeof(InFlightClaim) *
+									(Size) hash_get_num_entries(claims));
+	hash_seq_init(&seq, claims);
+	while ((entry = hash_seq_search(&seq)) != NULL)
+	{
+		if (entry->locktag.locktag_field1 == MyDatabaseId)
+			copies[count++] = *entry;
+	}
+	unlock_all_partitions();
+
+	for (int i = 0; i < count; i++)
+	{
+		if (!is_stale(&copies[i]))
+			put_claim((ReturnSetInfo *) fcinfo->resultinfo, &copies[i]);
+	}
+
+	return (Datum) 0;
+}
+
+/*
+ * idempotency_tracking(OUT capacity int, OUT used int, OUT untracked bigint)
+ *
+ * How full the table is, and how many claims found no room in it since the
+ * server started; nulls unless the library is preloaded.
+ */
+Datum
+idempotency_tracking(PG_FUNCTION_ARGS)
+{
+	TupleDesc	tupdesc;
+	Datum		values[3] = {0};
+	bool		nulls[3] = {true, true, true};
+
+	if (get_call_result_type(fcinfo, NULL, &tupdesc) != TYPEFUNC_COMPOSITE)
+		elog(ERROR, "return type must be a row type");
+
+	if (claims != NULL)
+	{
+		values[0] = Int32GetDatum(idempotency_max_tracked_claims);
+		values[1] = Int32GetDatum((int32) hash_get_num_entries(claims));
+		values[2] = Int64GetDatum((int64) pg_atomic_read_u64(&state->untracked));
+		memset(nulls, false, sizeof(nulls));
+	}
+
+	return HeapTupleGetDatum(heap_form_tuple(tupdesc, values, nulls));
+}
+
+static Size
+in_flight_size(void)
+{
+	return add_size(MAXALIGN(sizeof(InFlightState)),
+					hash_estimate_size(idempotency_max_tracked_claims,
+									   sizeof(InFlightClaim)));
+}
+
+/*
+ * shmem_request hook
+ */
+static void
+request_shmem(void)
+{
+	if (prev_shmem_request_hook)
+		prev_shmem_request_hook();
+
+	RequestAddinShmemSpace(in_flight_size());
+	RequestNamedLWLockTranche(TRANCHE_NAME, NUM_PARTITIONS);
+}
+
+/*
+ * shmem_startup hook: make the table, or attach to it in a new process.
+ */
+static void
+startup_shmem(void)
+{
+	bool		found;
+	HASHCTL		info = {0};
+
+	if (prev_shmem_startup_hook)
+		prev_shmem_startup_hook();
+
+	LWLockAcquire(AddinShmemInitLock, LW_EXCLUSIVE);
+
+	state = ShmemInitStruct("idempotency state", sizeof(InFlightState), &found);
+	if (!found)
+		pg_atomic_init_u64(&state->untracked, 0);
+
+	info.keysize = sizeof(LOCKTAG);
+	info.entrysize = sizeof(InFlightClaim);
+	info.num_partitions = NUM_PARTITIONS;
+	claims = ShmemInitHash("idempotency claims in flight",
+						   idempotency_max_tracked_claims,
+						   idempotency_max_tracked_claims,
+						   &info,
+						   HASH_ELEM | HASH_BLOBS | HASH_PARTITION |
+						   HASH_FIXED_SIZE);
+	partitions = GetNamedLWLockTranche(TRANCHE_NAME);
+
+	LWLockRelease(AddinShmemInitLock);
+}
+
+static LWLock *
+partition_lock(uint32 hash)
+{
+	return &partitions[hash % NUM_PARTITIONS].lock;
+}
+
+static void
+lock_all_partitions(LWLockMode mode)
+{
+	for (int i = 0; i < NUM_PARTITIONS; i++)
+		LWLockAcquire(&partitions[i].lock, mode);
+}
+
+static void
+unlock_all_partitions(void)
+{
+	for (int i = NUM_PARTITIONS - 1; i >= 0; i--)
+		LWLockRelease(&partitions[i].lock);
+}
+
+/*
+ * Whether this is left over from a prepared transaction that was resolved.
+ */
+static bool
+is_stale(const InFlightClaim *claim)
+{
+	int			holders;
+
+	if (claim->pid != 0)
+		return false;
+
+	pfree(GetLockConflicts(&claim->locktag, ExclusiveLock, &holders));
+	return holders == 0;
+}
+
+/*
+ * Make room in a full table.
+ */
+static void
+remove_stale_claims(void)
+{
+	HASH_SEQ_STATUS seq;
+	InFlightClaim *entry;
+
+	lock_all_partitions(LW_EXCLUSIVE);
+	hash_seq_init(&seq, claims);
+	while ((entry = hash_seq_search(&seq)) != NULL)
+	{
+		if (is_stale(entry))
+			hash_search(claims, &entry->locktag, HASH_REMOVE, NULL);
+	}
+	unlock_all_partitions();
+}
+
+/*
+ * Add a row to the result of idempotency_in_flight().
+ */
+static void
+put_claim(ReturnSetInfo *rsinfo, const InFlightClaim *claim)
+{
+	Datum		values[IN_FLIGHT_COLUMNS];
+	bool		nulls[IN_FLIGHT_COLUMNS] = {false};
+
+	values[IN_FLIGHT_PID] = Int32GetDatum(claim->pid);
+	nulls[IN_FLIGHT_PID] = (claim->pid == 0);
+	values[IN_FLIGHT_TENANT] = ScopeNamePart(&claim->name, SCOPE_TENANT);
+	values[IN_FLIGHT_ACTOR] = ScopeNamePart(&claim->name, SCOPE_ACTOR);
+	values[IN_FLIGHT_ACTION] = ScopeNamePart(&claim->name, SCOPE_ACTION);
+	values[IN_FLIGHT_KEY] = ScopeNamePart(&claim->name, SCOPE_KEY);
+	values[IN_FLIGHT_STARTED_AT] = TimestampTzGetDatum(claim->started_at);
+
+	tuplestore_putvalues(rsinfo->setResult, rsinfo->setDesc, values, nulls);
+}

@@ -1,0 +1,285 @@
+/*-------------------------------------------------------------------------
+ *
+ * scope.c
+ *	  The scope of a request: tenant, action, key and actor.
+ *
+ * What a client sends as a key ends up in an index, in shared memory and in
+ * logs, so it is checked here, once, before anything else looks at it.  There
+ * is no default for a missing key: one that strangers share would hand the
+ * answer of one to the other.
+ *
+ * A scope has a lock.  Its tag is made of the database and of 80 bits of hash
+ * of the name; that is all that a LOCKTAG has room for.  Two scopes with the
+ * same tag can keep each other waiting, but never make each other run twice,
+ * because the unique index of the table decides (see store.c).  The lock type
+ * is "userlock", which nothing in PostgreSQL uses any more, so that the
+ * application's own advisory locks cannot meet ours.
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "idempotency.h"
+
+#include "common/hashfn.h"
+#include "mb/pg_wchar.h"
+#include "miscadmin.h"
+#include "scope.h"
+#include "utils/builtins.h"
+
+/* Any constant will do, as long as all servers agree on it */
+#define SECOND_HASH_SEED	UINT64CONST(0x6964656d706f7465)
+
+static Datum read_argument(FunctionCallInfo fcinfo, int argument);
+static void check_tenant(const char *data, int len);
+static void check_name(const char *what, const char *data, int len);
+static void check_key(const char *data, int len);
+static bool key_has_format(const char *data, int len, int format);
+static bool is_uuid(const char *data, int len);
+static void set_locktag(Scope *scope);
+
+/*
+ * Read the scope from the arguments of a call, and check it.
+ *
+ * The first three arguments must be tenant, action and key; actor_argument is
+ * the number of the fourth.  A null tenant is the global one, a null actor
+ * is nobody in particular; both are stored as ''.
+ *
+ * Errors: ID001 for a missing key, ID002 for anything malformed, 42501 for a
+ * tenant that the role is not pinned to.
+ */
+void
+ScopeFromArguments(Scope *scope, FunctionCallInfo fcinfo, int actor_argument)
+{
+	Datum		parts[SCOPE_PARTS];
+	text	   *part[SCOPE_PARTS];
+
+	parts[SCOPE_TENANT] = read_argument(fcinfo, 0);
+	parts[SCOPE_ACTION] = read_argument(fcinfo, 1);
+	parts[SCOPE_KEY] = read_argument(fcinfo, 2);
+	parts[SCOPE_ACTOR] = read_argument(fcinfo, actor_argument);
+
+	for (int i = 0; i < SCOPE_PARTS; i++)
+		part[i] = DatumGetTextPP(parts[i]);
+
+	check_tenant(VARDATA_ANY(part[SCOPE_TENANT]),
+				 VARSIZE_ANY_EXHDR(part[SCOPE_TENANT]));
+
+	if (VARSIZE_ANY_EXHDR(part[SCOPE_ACTION]) == 0)
+		ereport(ERROR,
+				(errcode(ERRCODE_IDEMPOTENCY_MALFORMED),
+				 errmsg("action is missing"),
+				 errhint("Name the operation, for example \"orders.create\".")));
+	check_name("action", VARDATA_ANY(part[SCOPE_ACTION]),
+			   VARSIZE_ANY_EXHDR(part[SCOPE_ACTION]));
+
+	check_key(VARDATA_ANY(part[SCOPE_KEY]),
+			  VARSIZE_ANY_EXHDR(part[SCOPE_KEY]));
+	check_name("actor", VARDATA_ANY(part[SCOPE_ACTOR]),
+			   VARSIZE_ANY_EXHDR(part[SCOPE_ACTOR]));
+
+	ScopeFromParts(scope, parts);
+}
+
+/*
+ * Make a scope of four texts that were checked before.
+ */
+void
+ScopeFromParts(Scope *scope, const Datum *parts)
+{
+	unsigned char *end = scope->name.data;
+
+	for (int i = 0; i < SCOPE_PARTS; i++)
+	{
+		text	   *part = DatumGetTextPP(parts[i]);
+		int			len = VARSIZE_ANY_EXHDR(part);
+
+		/* a row that did not come from these functions may be too long */
+		if (len > SCOPE_PART_MAX)
+			elog(ERROR, "scope of idempotency record is too long");
+
+		scope->parts[i] = PointerGetDatum(part);
+		*end++ = (unsigned char) len;
+		memcpy(end, VARDATA_ANY(part), len);
+		end += len;
+	}
+	scope->name.len = end - scope->name.data;
+
+	set_locktag(scope);
+}
+
+/*
+ * One part of a name, as a text that is allocated here.
+ */
+Datum
+ScopeNamePart(const ScopeName *name, ScopePart part)
+{
+	const unsigned char *at = name->data;
+
+	for (ScopePart i = 0; i < part; i++)
+		at += 1 + *at;
+
+	return PointerGetDatum(cstring_to_text_with_len((const char *) at + 1, *at));
+}
+
+/*
+ * An argument as text, '' when it is null or was left out.
+ */
+static Datum
+read_argument(FunctionCallInfo fcinfo, int argument)
+{
+	if (PG_ARGISNULL(argument))
+		return PointerGetDatum(cstring_to_text_with_len("", 0));
+	return PG_GETARG_DATUM(argument);
+}
+
+/*
+ * Refuse a malformed tenant, and one that the role has no business with.
+ */
+static void
+check_tenant(const char *data, int len)
+{
+	check_name("tenant", data, len);
+
+	if (idempotency_tenant[0] != '\0' &&
+		(strlen(idempotency_tenant) != (size_t) len ||
+		 memcmp(idempotency_tenant, data, len) != 0))
+		ereport(ERROR,
+				(errcode(ERRCODE_INSUFFICIENT_PRIVILEGE),
+				 errmsg("permission denied for tenant"),
+				 errdetail("Setting \"idempotency.tenant\" pins calls to tenant \"%s\".",
+						   idempotency_tenant)));
+}
+
+/*
+ * Refuse a part that does not fit, or that could forge a line of a log.
+ *
+ * The encodings that a server can have keep ASCII bytes for ASCII characters,
+ * so that looking at bytes is enough.
+ */
+static void
+check_name(const char *what, const char *data, int len)
+{
+	if (len > SCOPE_PART_MAX)
+		ereport(ERROR,
+				(errcode(ERRCODE_IDEMPOTENCY_MALFORMED),
+				 errmsg("%s is malformed", what),
+				 errdetail("It is %d bytes long, and at most %d are allowed.",
+						   len, SCOPE_PART_MAX)));
+
+	for (int i = 0; i < len; i++)
+	{
+		unsigned char c = data[i];
+
+		if (c < 0x20 || c == 0x7f)
+			ereport(ERROR,
+					(errcode(ERRCODE_IDEMPOTENCY_MALFORMED),
+					 errmsg("%s is malformed", what),
+					 errdetail("It has a control character.")));
+	}
+}
+
+/*
+ * Refuse a key that is missing or does not have the form that is asked for.
+ *
+ * The error does not repeat the key: it is the client's, and may be anything.
+ */
+static void
+check_key(const char *data, int len)
+{
+	static const char *const descriptions[] = {
+		[KEY_FORMAT_ASCII] = "visible ASCII characters without spaces",
+		[KEY_FORMAT_SLUG] = "letters, digits, hyphens and underscores",
+		[KEY_FORMAT_UUID] = "a UUID in its standard text form",
+	};
+
+	if (len == 0)
+		ereport(ERROR,
+				(errcode(ERRCODE_IDEMPOTENCY_KEY_MISSING),
+				 errmsg("idempotency key is missing"),
+				 errhint("Have the client send a unique key with each request that it may repeat.")));
+
+	if (len < idempotency_key_min_length || len > idempotency_key_max_length)
+		ereport(ERROR,
+				(errcode(ERRCODE_IDEMPOTENCY_MALFORMED),
+				 errmsg("idempotency key is malformed"),
+				 errdetail("It is %d bytes long, and settings \"%s\" and \"%s\" allow %d to %d.",
+						   len,
+						   "idempotency.key_min_length",
+						   "idempotency.key_max_length",
+						   idempotency_key_min_length,
+						   idempotency_key_max_length)));
+
+	if (!key_has_format(data, len, idempotency_key_format))
+		ereport(ERROR,
+				(errcode(ERRCODE_IDEMPOTENCY_MALFORMED),
+				 errmsg("idempotency key is malformed"),
+				 errdetail("Setting \"%s\" is \"%s\": a key must be made of %s.",
+						   "idempotency.key_format",
+						   KeyFormatName(idempotency_key_format),
+						   descriptions[idempotency_key_format])));
+}
+
+static bool
+key_has_format(const char *data, int len, int format)
+{
+	if (format == KEY_FORMAT_UUID)
+		return is_uuid(data, len);
+
+	for (int i = 0; i < len; i++)
+	{
+		unsigned char c = data[i];
+
+		/* not isgraph() and isalnum(): they depend on the locale */
+		if (c <= ' ' || c > '~')
+			return false;
+		if (format == KEY_FORMAT_SLUG &&
+			!((c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') ||
+			  (c >= '0' && c <= '9') || c == '-' || c == '_'))
+			return false;
+	}
+	return true;
+}
+
+/*
+ * Whether this is 8-4-4-4-12 hexadecimal digits (RFC 9562, section 4).
+ *
+ * uuid_in() is more generous (braces, missing hyphens); two spellings of one
+ * UUID would be two keys.
+ */
+static bool
+is_uuid(const char *data, int len)
+{
+	if (len != 36)
+		return false;
+
+	for (int i = 0; i < len; i++)
+	{
+		char		c = data[i];
+
+		if (i == 8 || i == 13 || i == 18 || i == 23)
+		{
+			if (c != '-')
+				return false;
+		}
+		else if (!((c >= '0' && c <= '9') || (c >= 'a' && c <= 'f') ||
+				   (c >= 'A' && c <= 'F')))
+			return false;
+	}
+	return true;
+}
+
+static void
+set_locktag(Scope *scope)
+{
+	const ScopeName *name = &scope->name;
+	uint64		first = hash_bytes_extended(name->data, name->len, 0);
+	uint64		second = hash_bytes_extended(name->data, name->len,
+											 SECOND_HASH_SEED);
+	LOCKTAG    *tag = &scope->locktag;
+
+	tag->locktag_field1 = MyDatabaseId;
+	tag->locktag_field2 = (uint32) first;
+	tag->locktag_field3 = (uint32) (first >> 32);
+	tag->locktag_field4 = (uint16) second;
+	tag->locktag_type = LOCKTAG_USERLOCK;
+	tag->locktag_lockmethodid = USER_LOCKMETHOD;
+}

@@ -1,0 +1,574 @@
+/*-------------------------------------------------------------------------
+ *
+ * store.c
+ *	  Finding and writing records.
+ *
+ * Everything that touches the table idempotency_key is here, so that another
+ * kind of table could be served by another file with the same functions.
+ *
+ * The calls that every request makes do not go through SPI: planning aside,
+ * starting and ending an executor costs more than the work.  They use the
+ * table and index access methods directly, as the system catalogs do, and
+ * therefore have to do what the executor would have done:
+ *
+ * - Callers refuse read-only transactions and parallel mode.
+ * - All indexes of the table are maintained, also those that an administrator
+ *   added, by the executor's own function; check constraints are checked.
+ * - Triggers and rules would be passed over, so a table that has any is
+ *   refused.  That includes the triggers of a foreign key that references the
+ *   table, which a sweep would break.
+ * - The command counter is incremented after a write, so that the next call of
+ *   the same transaction sees it.
+ *
+ * No permissions are checked here.  The right to call a function is the right
+ * to have it find and write its record, and nothing runs as another role.
+ *
+ * Snapshots.  A lookup must see every record that was committed before the
+ * lock of its scope was got, at every isolation level, or the work would be
+ * done twice.  So it uses a new snapshot, not that of the transaction.  In a
+ * serializable transaction it reads without a snapshot (SnapshotSelf), because
+ * a scan with one takes predicate locks on whole index pages, and requests with
+ * neighboring keys would fail each other; that only one transaction at a time
+ * works on a scope is known from its lock and from the unique index.  What is
+ * then left to check is that the record is in the snapshot that the
+ * transaction's other reads had, and if it is not, the transaction cannot be
+ * serialized.
+ *
+ * The unique index decides.  Whatever became of the lock, of two transactions
+ * that insert a record for one scope the second waits in the index for the
+ * first, and fails when that one commits.
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "idempotency.h"
+
+#include "access/relscan.h"
+#include "access/skey.h"
+#include "access/tableam.h"
+#include "access/xact.h"
+#include "catalog/namespace.h"
+#include "catalog/pg_am_d.h"
+#include "catalog/pg_collation_d.h"
+#include "catalog/pg_enum.h"
+#include "catalog/pg_type_d.h"
+#include "store.h"
+#include "utils/inval.h"
+#include "utils/lsyscache.h"
+#include "utils/rel.h"
+#include "utils/snapmgr.h"
+#include "utils/syscache.h"
+#include "utils/timestamp.h"
+
+#define EXTENSION_NAME	"idempotency"
+#define TABLE_NAME		"idempotency_key"
+#define STATE_TYPE		"idempotency_state"
+#define RESULT_TYPE		"idempotency_result"
+
+/* A column that the table must have; no type stands for the state type */
+typedef struct StoreColumn
+{
+	const char *name;
+	Oid			type;
+} StoreColumn;
+
+/* What the catalogs say, good until the table's relcache entry is flushed */
+typedef struct StoreCatalog
+{
+	bool		valid;
+	Oid			table;
+	Oid			result_type;
+	Oid			states[RECORD_STATES];
+} StoreCatalog;
+
+static void forget_catalog(Datum arg, Oid relid);
+static void look_up_catalog(void);
+static Oid	find_type(const char *name, Oid schema);
+static void check_shape(Relation rel, Oid state_type);
+static void check_primary_key(Relation rel);
+static Oid	find_expiry_index(Relation rel);
+static void refuse_triggers(Relation rel);
+static Snapshot push_lookup_snapshot(void);
+static bool fetch_row(Store *store, ScanKey keys);
+static void get_record(Store *store, Record *record);
+static void check_serializable(Store *store);
+static void insert_row(Store *store, TupleTableSlot *slot);
+
+static const StoreColumn columns[Natts_idempotency_key] = {
+	{"tenant", TEXTOID},
+	{"action", TEXTOID},
+	{"key", TEXTOID},
+	{"actor", TEXTOID},
+	{"state", InvalidOid},
+	{"request_hash", BYTEAOID},
+	{"status_code", INT4OID},
+	{"headers", JSONBOID},
+	{"response", JSONOID},
+	{"body", BYTEAOID},
+	{"attempt", INT4OID},
+	{"recovery_point", TEXTOID},
+	{"recovery_state", JSONBOID},
+	{"lease_expires_at", TIMESTAMPTZOID},
+	{"created_at", TIMESTAMPTZOID},
+	{"finished_at", TIMESTAMPTZOID},
+	{"expires_at", TIMESTAMPTZOID},
+};
+
+static const char *const state_labels[RECORD_STATES] = {
+	[RECORD_PENDING] = "pending",
+	[RECORD_COMPLETED] = "completed",
+	[RECORD_ERRORED] = "errored",
+};
+
+static StoreCatalog catalog = {0};
+
+/*
+ * Hook into the invalidation of cached catalog entries.
+ */
+void
+StoreInit(void)
+{
+	CacheRegisterRelcacheCallback(forget_catalog, (Datum) 0);
+}
+
+/*
+ * Open the table of this database for one call.
+ *
+ * With a lock mode for writing, the lock is kept to the end of the
+ * transaction.  Errors: 55000 when the table is not the one that this library
+ * was made for, 0A000 when it has triggers or rules.
+ */
+void
+StoreOpen(Store *store, LOCKMODE lockmode)
+{
+	if (!catalog.valid)
+		look_up_catalog();
+
+	store->lockmode = lockmode;
+	store->rel = table_open(catalog.table, lockmode);
+	if (lockmode >= RowExclusiveLock)
+		refuse_triggers(store->rel);
+	store->primary_key =
+		index_open(RelationGetPrimaryKeyIndex(store->rel, false), lockmode);
+	store->slot = table_slot_create(store->rel, NULL);
+}
+
+/*
+ * Close the table.  Records that were found before must not be used any more.
+ */
+void
+StoreClose(Store *store)
+{
+	LOCKMODE	unlock = store->lockmode >= RowExclusiveLock ? NoLock : store->lockmode;
+
+	ExecDropSingleTupleTableSlot(store->slot);
+	index_close(store->primary_key, unlock);
+	table_close(store->rel, unlock);
+}
+
+/*
+ * Find the record of a scope.
+ *
+ * *record is filled in unless the result is RECORD_ABSENT, and points into the
+ * store.  A record whose time is over at now is reported as expired; it is to
+ * be treated like none, but its row is in the way of a new one.
+ *
+ * Errors: 40001 when the record is too new for a serializable transaction.
+ */
+RecordLife
+StoreFind(Store *store, const Scope *scope, TimestampTz now, Record *record)
+{
+	ScanKeyData keys[SCOPE_PARTS];
+
+	for (int i = 0; i < SCOPE_PARTS; i++)
+		ScanKeyEntryInitialize(&keys[i], 0, i + 1, BTEqualStrategyNumber,
+							   InvalidOid, C_COLLATION_OID, F_TEXTEQ,
+							   scope->parts[i]);
+
+	if (!fetch_row(store, keys))
+		return RECORD_ABSENT;
+
+	get_record(store, record);
+	if (DatumGetTimestampTz(RecordValue(record, expires_at)) <= now)
+		return RECORD_EXPIRED;
+
+	check_serializable(store);
+	return RECORD_LIVE;
+}
+
+/*
+ * Insert a record.
+ *
+ * Errors: ID005 when another transaction committed a record for the scope.
+ */
+void
+StoreInsert(Store *store, const Record *record)
+{
+	MemoryContext oldcontext = CurrentMemoryContext;
+	TupleTableSlot *slot;
+
+	slot = MakeSingleTupleTableSlot(RelationGetDescr(store->rel),
+									&TTSOpsVirtual);
+	memcpy(slot->tts_values, record->values,
+		   Natts_idempotency_key * sizeof(Datum));
+	memcpy(slot->tts_isnull, record->nulls,
+		   Natts_idempotency_key * sizeof(bool));
+	ExecStoreVirtualTuple(slot);
+
+	PG_TRY();
+	{
+		insert_row(store, slot);
+	}
+	PG_CATCH();
+	{
+		ErrorData  *edata;
+
+		MemoryContextSwitchTo(oldcontext);
+		edata = CopyErrorData();
+		if (edata->sqlerrcode != ERRCODE_UNIQUE_VIOLATION ||
+			edata->constraint_name == NULL ||
+			strcmp(edata->constraint_name,
+				   RelationGetRelationName(store->primary_key)) != 0)
+			PG_RE_THROW();
+
+		FlushErrorState();
+		ereport(ERROR,
+				(errcode(ERRCODE_IDEMPOTENCY_NO_CLAIM),
+				 errmsg("claim was lost to another transaction"),
+				 errdetail("A record for the same request was committed meanwhile."),
+				 errhint("Roll back and call idempotency_begin again: it replays the stored answer.")));
+	}
+	PG_END_TRY();
+
+	ExecDropSingleTupleTableSlot(slot);
+	CommandCounterIncrement();
+}
+
+/*
+ * Delete the row that was found last.
+ *
+ * Returns false when somebody else deleted it first or, unless we may wait,
+ * has it locked.
+ */
+bool
+StoreDelete(Store *store, bool wait)
+{
+	TM_FailureData failure;
+	TM_Result	result;
+
+	result = table_tuple_delete(store->rel, &store->slot->tts_tid,
+								GetCurrentCommandId(true),
+								InvalidSnapshot, InvalidSnapshot,
+								wait, &failure, false);
+	return result == TM_Ok;
+}
+
+/*
+ * Start to read the records that expire from one time until another, in the
+ * order of that time.
+ */
+void
+StoreBeginExpired(Store *store, TimestampTz from, TimestampTz until)
+{
+	ScanKeyData keys[2];
+
+	ScanKeyInit(&keys[0], 1, BTGreaterEqualStrategyNumber, F_TIMESTAMPTZ_GE,
+				TimestampTzGetDatum(from));
+	ScanKeyInit(&keys[1], 1, BTLessEqualStrategyNumber, F_TIMESTAMPTZ_LE,
+				TimestampTzGetDatum(until));
+
+	store->expiry_index = index_open(find_expiry_index(store->rel),
+									 store->lockmode);
+	store->expired = index_beginscan(store->rel, store->expiry_index,
+									 push_lookup_snapshot(), NULL, 2, 0);
+	index_rescan(store->expired, keys, 2, NULL, 0);
+}
+
+/*
+ * Read the next of them, until there is none.
+ */
+bool
+StoreNextExpired(Store *store, Record *record)
+{
+	if (!index_getnext_slot(store->expired, ForwardScanDirection, store->slot))
+		return false;
+
+	get_record(store, record);
+	return true;
+}
+
+/*
+ * Stop reading expired records.
+ */
+void
+StoreEndExpired(Store *store)
+{
+	index_endscan(store->expired);
+	index_close(store->expiry_index, NoLock);
+	PopActiveSnapshot();
+}
+
+/*
+ * The state of a record.
+ */
+RecordState
+StoreGetState(const Record *record)
+{
+	Oid			state = DatumGetObjectId(RecordValue(record, state));
+
+	for (int i = 0; i < RECORD_STATES; i++)
+	{
+		if (catalog.states[i] == state)
+			return i;
+	}
+	elog(ERROR, "unrecognized state of idempotency record: %u", state);
+}
+
+/*
+ * The value of column state for a state.
+ */
+Oid
+StoreStateOid(RecordState state)
+{
+	return catalog.states[state];
+}
+
+/*
+ * The row type that calls return.
+ */
+Oid
+StoreResultType(void)
+{
+	return catalog.result_type;
+}
+
+/*
+ * Relation cache callback: the table changed, or anything may have.
+ */
+static void
+forget_catalog(Datum arg, Oid relid)
+{
+	if (relid == InvalidOid || relid == catalog.table)
+		catalog.valid = false;
+}
+
+/*
+ * Find our objects by the schema of the extension, whatever the search_path.
+ *
+ * The table stays locked until the result is marked valid, so that whatever
+ * changes it sends its invalidation later.
+ */
+static void
+look_up_catalog(void)
+{
+	Oid			schema = get_extension_schema(get_extension_oid(EXTENSION_NAME,
+																false));
+	Oid			state_type = find_type(STATE_TYPE, schema);
+	Relation	rel;
+
+	catalog.table = get_relname_relid(TABLE_NAME, schema);
+	catalog.result_type = find_type(RESULT_TYPE, schema);
+	for (int i = 0; i < RECORD_STATES; i++)
+		catalog.states[i] = GetSysCacheOid2(ENUMTYPOIDNAME, Anum_pg_enum_oid,
+											ObjectIdGetDatum(state_type),
+											CStringGetDatum(state_labels[i]));
+
+	rel = table_open(catalog.table, AccessShareLock);
+	check_shape(rel, state_type);
+	check_primary_key(rel);
+	catalog.valid = true;
+	table_close(rel, AccessShareLock);
+}
+
+static Oid
+find_type(const char *name, Oid schema)
+{
+	return GetSysCacheOid2(TYPENAMENSP, Anum_pg_type_oid,
+						   CStringGetDatum(name), ObjectIdGetDatum(schema));
+}
+
+/*
+ * Refuse a table that this library does not know how to read: it belongs to
+ * another version of the extension, or somebody altered it.
+ */
+static void
+check_shape(Relation rel, Oid state_type)
+{
+	TupleDesc	desc = RelationGetDescr(rel);
+	bool		matches = desc->natts == Natts_idempotency_key &&
+		rel->rd_rel->relkind == RELKIND_RELATION;
+
+	for (int i = 0; matches && i < Natts_idempotency_key; i++)
+	{
+		Form_pg_attribute attr = TupleDescAttr(desc, i);
+		Oid			type = columns[i].type;
+
+		if (type == InvalidOid)
+			type = state_type;
+		matches = !attr->attisdropped && attr->atttypid == type &&
+			strcmp(NameStr(attr->attname), columns[i].name) == 0;
+	}
+
+	if (!matches)
+		ereport(ERROR,
+				(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
+				 errmsg("table \"%s\" is not the one that the loaded library was made for",
+						RelationGetRelationName(rel)),
+				 errhint("Run ALTER EXTENSION idempotency UPDATE, and undo changes to the columns of the table.")));
+}
+
+/*
+ * Refuse to work without the index that everything rests on.
+ */
+static void
+check_primary_key(Relation rel)
+{
+	Oid			oid = RelationGetPrimaryKeyIndex(rel, false);
+	bool		matches = OidIsValid(oid);
+
+	if (matches)
+	{
+		Relation	index = index_open(oid, AccessShareLock);
+
+		matches = index->rd_index->indnkeyatts == SCOPE_PARTS;
+		for (int i = 0; matches && i < SCOPE_PARTS; i++)
+			matches = index->rd_index->indkey.values[i] == i + 1;
+		index_close(index, AccessShareLock);
+	}
+
+	if (!matches)
+		ereport(ERROR,
+				(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
+				 errmsg("table \"%s\" has no valid primary key on tenant, action, key and actor",
+						RelationGetRelationName(rel)),
+				 errdetail("Without it nothing keeps a request from being run twice.")));
+}
+
+/*
+ * The index that has records in the order of their expiry.
+ */
+static Oid
+find_expiry_index(Relation rel)
+{
+	List	   *indexes = RelationGetIndexList(rel);
+	ListCell   *lc;
+
+	foreach(lc, indexes)
+	{
+		Relation	index = index_open(lfirst_oid(lc), AccessShareLock);
+		Form_pg_index form = index->rd_index;
+		bool		matches = index->rd_rel->relam == BTREE_AM_OID &&
+			form->indisvalid &&
+			form->indkey.values[0] == Anum_idempotency_key_expires_at &&
+			index->rd_indoption[0] == 0 &&
+			RelationGetIndexPredicate(index) == NIL;
+
+		index_close(index, AccessShareLock);
+		if (matches)
+			return lfirst_oid(lc);
+	}
+
+	ereport(ERROR,
+			(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
+			 errmsg("table \"%s\" has no valid index on expires_at",
+					RelationGetRelationName(rel))));
+}
+
+/*
+ * Refuse a table whose changes should have consequences that only the executor
+ * would see to.
+ */
+static void
+refuse_triggers(Relation rel)
+{
+	if (rel->trigdesc == NULL && rel->rd_rules == NULL)
+		return;
+
+	ereport(ERROR,
+			(errcode(ERRCODE_FEATURE_NOT_SUPPORTED),
+			 errmsg("table \"%s\" must not have triggers, rules or foreign keys that reference it",
+					RelationGetRelationName(rel)),
+			 errdetail("They would not be run when a record is written or swept."),
+			 errhint("Put them on the tables of the application instead.")));
+}
+
+/*
+ * Start to read with a snapshot of this moment; PopActiveSnapshot() ends it.
+ *
+ * What is returned is what to scan with: see the head of this file.
+ */
+static Snapshot
+push_lookup_snapshot(void)
+{
+	PushActiveSnapshot(GetLatestSnapshot());
+
+	return IsolationIsSerializable() ? SnapshotSelf : GetActiveSnapshot();
+}
+
+/*
+ * Read the row with these keys, of which there is at most one, into the slot.
+ */
+static bool
+fetch_row(Store *store, ScanKey keys)
+{
+	IndexScanDesc scan;
+	bool		found;
+
+	scan = index_beginscan(store->rel, store->primary_key,
+						   push_lookup_snapshot(), NULL, SCOPE_PARTS, 0);
+	index_rescan(scan, keys, SCOPE_PARTS, NULL, 0);
+	found = index_getnext_slot(scan, ForwardScanDirection, store->slot);
+	index_endscan(scan);
+	PopActiveSnapshot();
+
+	return found;
+}
+
+/*
+ * The row in the slot as a record.
+ */
+static void
+get_record(Store *store, Record *record)
+{
+	slot_getallattrs(store->slot);
+	record->values = store->slot->tts_values;
+	record->nulls = store->slot->tts_isnull;
+}
+
+/*
+ * Fail if a serializable transaction was shown a record that its own snapshot
+ * does not have.
+ */
+static void
+check_serializable(Store *store)
+{
+	if (!IsolationIsSerializable() ||
+		table_tuple_satisfies_snapshot(store->rel, store->slot,
+									   GetTransactionSnapshot()))
+		return;
+
+	ereport(ERROR,
+			(errcode(ERRCODE_T_R_SERIALIZATION_FAILURE),
+			 errmsg("could not serialize access due to a request that completed meanwhile"),
+			 errhint("Retry the transaction: it will get the stored answer.")));
+}
+
+/*
+ * Put a row into the table and all of its indexes.
+ */
+static void
+insert_row(Store *store, TupleTableSlot *slot)
+{
+	EState	   *estate = CreateExecutorState();
+	ResultRelInfo *target = makeNode(ResultRelInfo);
+
+	InitResultRelInfo(target, store->rel, 0, NULL, 0);
+	ExecOpenIndices(target, false);
+
+	if (store->rel->rd_att->constr)
+		ExecConstraints(target, slot, estate);
+	simple_table_tuple_insert(store->rel, slot);
+	ExecInsertIndexTuples(target, slot, estate, false, false, NULL, NIL, false);
+
+	ExecCloseIndices(target);
+	FreeExecutorState(estate);
+}

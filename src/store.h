@@ -1,0 +1,96 @@
+/*-------------------------------------------------------------------------
+ *
+ * store.h
+ *	  Finding and writing records.
+ *
+ *-------------------------------------------------------------------------
+ */
+#ifndef IDEMPOTENCY_STORE_H
+#define IDEMPOTENCY_STORE_H
+
+#include "postgres.h"
+
+#include "access/genam.h"
+#include "datatype/timestamp.h"
+#include "executor/tuptable.h"
+#include "scope.h"
+#include "utils/relcache.h"
+
+/* Columns of idempotency_key */
+#define Anum_idempotency_key_tenant				1
+#define Anum_idempotency_key_action				2
+#define Anum_idempotency_key_key				3
+#define Anum_idempotency_key_actor				4
+#define Anum_idempotency_key_state				5
+#define Anum_idempotency_key_request_hash		6
+#define Anum_idempotency_key_status_code		7
+#define Anum_idempotency_key_headers			8
+#define Anum_idempotency_key_response			9
+#define Anum_idempotency_key_body				10
+#define Anum_idempotency_key_attempt			11
+#define Anum_idempotency_key_recovery_point		12
+#define Anum_idempotency_key_recovery_state		13
+#define Anum_idempotency_key_lease_expires_at	14
+#define Anum_idempotency_key_created_at			15
+#define Anum_idempotency_key_finished_at		16
+#define Anum_idempotency_key_expires_at			17
+#define Natts_idempotency_key					17
+
+/* Labels of idempotency_state */
+typedef enum RecordState
+{
+	RECORD_PENDING,
+	RECORD_COMPLETED,
+	RECORD_ERRORED
+} RecordState;
+
+#define RECORD_STATES	3
+
+/* What a lookup finds */
+typedef enum RecordLife
+{
+	RECORD_ABSENT,
+	RECORD_EXPIRED,				/* to be treated as absent */
+	RECORD_LIVE
+} RecordLife;
+
+/* A record as the columns of its row; a column is at [Anum - 1] */
+typedef struct Record
+{
+	Datum	   *values;
+	bool	   *nulls;
+} Record;
+
+#define RecordValue(record, column) \
+	((record)->values[Anum_idempotency_key_##column - 1])
+#define RecordIsNull(record, column) \
+	((record)->nulls[Anum_idempotency_key_##column - 1])
+
+/* The table, open for the length of one call */
+typedef struct Store
+{
+	Relation	rel;
+	Relation	primary_key;
+	LOCKMODE	lockmode;
+	TupleTableSlot *slot;		/* the row that was found last */
+	Relation	expiry_index;	/* these two: while expired records are */
+	IndexScanDesc expired;		/* being read */
+} Store;
+
+extern void StoreInit(void);
+extern void StoreOpen(Store *store, LOCKMODE lockmode);
+extern void StoreClose(Store *store);
+extern RecordLife StoreFind(Store *store, const Scope *scope, TimestampTz now,
+							Record *record);
+extern void StoreInsert(Store *store, const Record *record);
+extern bool StoreDelete(Store *store, bool wait);
+
+extern void StoreBeginExpired(Store *store, TimestampTz from, TimestampTz until);
+extern bool StoreNextExpired(Store *store, Record *record);
+extern void StoreEndExpired(Store *store);
+
+extern RecordState StoreGetState(const Record *record);
+extern Oid	StoreStateOid(RecordState state);
+extern Oid	StoreResultType(void);
+
+#endif							/* IDEMPOTENCY_STORE_H */

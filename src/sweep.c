@@ -1,0 +1,206 @@
+/*-------------------------------------------------------------------------
+ *
+ * sweep.c
+ *	  Giving back the space of expired records.
+ *
+ * An expired record is treated as absent wherever one is looked for, so a sweep
+ * changes no answer, and nothing has to wait for it.  It walks the index on
+ * expires_at from the oldest record to those that expire when it starts, and
+ * deletes in batches with a transaction each.  A row that cannot be had at once
+ * is passed over and left for the next sweep: one that somebody has locked, or
+ * one whose scope is claimed, because finish is about to replace it and would
+ * have to wait for the batch to commit.  Hence any number of sweeps can run
+ * at once, beside any load.
+ *
+ * The next batch starts where the last one ended, so that rows that were
+ * passed over do not keep a sweep from its end, and index entries that were
+ * deleted but not vacuumed are not read again for each batch.
+ *
+ * Losing the last batches in a crash costs nothing, so commits do not wait for
+ * the disk, or for a standby.
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "idempotency.h"
+
+#include "access/htup_details.h"
+#include "access/xact.h"
+#include "call.h"
+#include "executor/spi.h"
+#include "funcapi.h"
+#include "miscadmin.h"
+#include "nodes/parsenodes.h"
+#include "scope.h"
+#include "store.h"
+#include "utils/guc.h"
+#include "utils/memutils.h"
+#include "utils/timestamp.h"
+
+#define MAX_BATCH_SIZE	1000000
+
+/* Arguments of sweep */
+enum
+{
+	SWEEP_BATCH_SIZE,
+	SWEEP_MAX_DURATION,
+	SWEEP_SWEPT
+};
+
+/* A sweep under way */
+typedef struct Sweep
+{
+	int			batch_size;		/* rows to delete in one transaction */
+	TimestampTz from;			/* where the next batch starts */
+	TimestampTz until;			/* records that expire later are left alone */
+	TimestampTz deadline;		/* no batch starts after this */
+	int64		swept;			/* rows deleted so far */
+} Sweep;
+
+static void read_arguments(Sweep *sweep, FunctionCallInfo fcinfo);
+static bool sweep_batch(Sweep *sweep);
+static bool is_claimed(const Record *record);
+static Datum make_swept(FunctionCallInfo fcinfo, int64 swept);
+
+PG_FUNCTION_INFO_V1(idempotency_sweep);
+
+/*
+ * CALL idempotency_sweep(batch_size int, max_duration interval,
+ *						  INOUT swept bigint)
+ *
+ * Delete expired records, and say how many.
+ *
+ * Errors: 2D000 inside a transaction block, 22023 for arguments out of range,
+ * 25006 in a read-only transaction.
+ */
+Datum
+idempotency_sweep(PG_FUNCTION_ARGS)
+{
+	Sweep		sweep;
+	bool		more = true;
+
+	if (!IsA(fcinfo->context, CallContext) ||
+		castNode(CallContext, fcinfo->context)->atomic)
+		ereport(ERROR,
+				(errcode(ERRCODE_INVALID_TRANSACTION_TERMINATION),
+				 errmsg("%s cannot be called inside a transaction block",
+						"idempotency_sweep()"),
+				 errdetail("It commits after each batch.")));
+
+	PreventCommandIfReadOnly("idempotency_sweep()");
+	read_arguments(&sweep, fcinfo);
+
+	SPI_connect_ext(SPI_OPT_NONATOMIC);
+	while (more && GetCurrentTimestamp() < sweep.deadline)
+	{
+		(void) set_config_option("synchronous_commit", "off",
+								 PGC_USERSET, PGC_S_SESSION,
+								 GUC_ACTION_LOCAL, true, 0, false);
+		more = sweep_batch(&sweep);
+		SPI_commit();
+	}
+	SPI_finish();
+
+	return make_swept(fcinfo, sweep.swept);
+}
+
+static void
+read_arguments(Sweep *sweep, FunctionCallInfo fcinfo)
+{
+	int64		duration = PG_INT64_MAX;
+
+	sweep->batch_size = idempotency_sweep_batch_size;
+	if (!PG_ARGISNULL(SWEEP_BATCH_SIZE))
+		sweep->batch_size = PG_GETARG_INT32(SWEEP_BATCH_SIZE);
+	if (sweep->batch_size < 1 || sweep->batch_size > MAX_BATCH_SIZE)
+		ereport(ERROR,
+				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
+				 errmsg("batch_size is out of range"),
+				 errdetail("It must be from 1 to %d.", MAX_BATCH_SIZE)));
+
+	if (!PG_ARGISNULL(SWEEP_MAX_DURATION))
+		duration = CallIntervalToUsecs(PG_GETARG_INTERVAL_P(SWEEP_MAX_DURATION));
+	if (duration <= 0)
+		ereport(ERROR,
+				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
+				 errmsg("max_duration is out of range"),
+				 errdetail("It must be greater than zero.")));
+
+	sweep->from = DT_NOBEGIN;
+	sweep->until = GetCurrentTimestamp();
+	sweep->deadline = duration < DT_NOEND - sweep->until ?
+		sweep->until + duration : DT_NOEND;
+	sweep->swept = 0;
+}
+
+/*
+ * Sweep one batch in the current transaction.  Returns whether there may be
+ * more to sweep.
+ */
+static bool
+sweep_batch(Sweep *sweep)
+{
+	MemoryContext row_context = AllocSetContextCreate(CurrentMemoryContext,
+													  "idempotency sweep",
+													  ALLOCSET_SMALL_SIZES);
+	MemoryContext oldcontext = CurrentMemoryContext;
+	Store		store;
+	Record		record;
+	int			deleted = 0;
+
+	StoreOpen(&store, RowExclusiveLock);
+	StoreBeginExpired(&store, sweep->from, sweep->until);
+	while (deleted < sweep->batch_size && StoreNextExpired(&store, &record))
+	{
+		CHECK_FOR_INTERRUPTS();
+
+		sweep->from = DatumGetTimestampTz(RecordValue(&record, expires_at));
+
+		MemoryContextSwitchTo(row_context);
+		if (StoreGetState(&record) != RECORD_PENDING &&
+			!is_claimed(&record) &&
+			StoreDelete(&store, false))
+			deleted++;
+		MemoryContextSwitchTo(oldcontext);
+		MemoryContextReset(row_context);
+	}
+	StoreEndExpired(&store);
+	StoreClose(&store);
+	MemoryContextDelete(row_context);
+
+	sweep->swept += deleted;
+	return deleted == sweep->batch_size;
+}
+
+/*
+ * Whether somebody holds the lock of the record's scope.
+ *
+ * Looking does not take the lock, not even for a moment, so that no request
+ * is told that another one is in flight because of a sweep.
+ */
+static bool
+is_claimed(const Record *record)
+{
+	Scope		scope;
+	int			holders;
+
+	ScopeFromParts(&scope, record->values);
+	(void) GetLockConflicts(&scope.locktag, ExclusiveLock, &holders);
+
+	return holders > 0;
+}
+
+/*
+ * The row that CALL shows.
+ */
+static Datum
+make_swept(FunctionCallInfo fcinfo, int64 swept)
+{
+	TupleDesc	desc;
+	Datum		values[1] = {Int64GetDatum(swept)};
+	bool		nulls[1] = {false};
+
+	if (get_call_result_type(fcinfo, NULL, &desc) != TYPEFUNC_COMPOSITE)
+		elog(ERROR, "return type must be a row type");
+
+	return HeapTupleGetDatum(heap_form_tuple(desc, values, nulls));
+}
