@@ -25,10 +25,10 @@ OBJS = \
 PG_CFLAGS = -Wall -Wextra -Wno-unused-parameter
 
 REGRESS = $(sort $(basename $(notdir $(wildcard test/sql/*.sql))))
-REGRESS_OPTS = --inputdir=test --temp-instance=tmp_check/regress \
+REGRESS_OPTS = --inputdir=test --temp-instance=tmp_check \
 	--temp-config=test/preload.conf --no-locale --encoding=UTF8
 ISOLATION = $(sort $(basename $(notdir $(wildcard test/specs/*.spec))))
-ISOLATION_OPTS = --inputdir=test --temp-instance=tmp_check_iso/isolation \
+ISOLATION_OPTS = --inputdir=test --outputdir=. --temp-instance=tmp_check_iso \
 	--temp-config=test/preload.conf --load-extension=idempotency
 TAP_TESTS = 1
 PROVE_TESTS = test/t/*.pl

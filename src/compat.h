@@ -24,6 +24,7 @@
 #include "commands/extension.h"
 #include "executor/executor.h"
 #include "utils/fmgroids.h"
+#include "utils/guc_tables.h"
 #include "utils/relcache.h"
 
 #if PG_VERSION_NUM >= 160000
@@ -46,6 +47,22 @@
 
 /* The extra data of a setting moved from malloc to a memory context */
 #define guc_malloc(elevel, size) malloc(size)
+
+/* get_guc_variables() gives an array that the caller may free */
+static inline struct config_generic **
+copy_guc_variables(int *num_vars)
+{
+	Size		size;
+	struct config_generic **result;
+
+	*num_vars = GetNumConfigOptions();
+	size = *num_vars * sizeof(struct config_generic *);
+	result = palloc(size);
+	memcpy(result, get_guc_variables(), size);
+	return result;
+}
+
+#define get_guc_variables(num_vars) copy_guc_variables(num_vars)
 
 /* ExecInsertIndexTuples() got onlySummarizing */
 #define ExecInsertIndexTuples(rri, slot, estate, update, nodup, spec, arbiters, summarizing) \

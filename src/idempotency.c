@@ -19,14 +19,19 @@
 #include "fmgr.h"
 #include "in_flight.h"
 #include "miscadmin.h"
+#include "nodes/pg_list.h"
 #include "status.h"
 #include "store.h"
 #include "utils/guc.h"
 
 PG_MODULE_MAGIC;
 
+#define SETTING_PREFIX	"idempotency."
+
 PGDLLEXPORT void _PG_init(void);
 
+static List *find_client_settings(void);
+static void refuse_client_settings(List *names);
 static bool check_ttl(int *newval, void **extra, GucSource source);
 static void define_lifetime_settings(void);
 static void define_answer_settings(void);
@@ -61,11 +66,14 @@ static const struct config_enum_entry key_formats[] = {
 void
 _PG_init(void)
 {
+	List	   *from_client = find_client_settings();
+
 	define_lifetime_settings();
 	define_answer_settings();
 	define_administrator_settings();
 	define_server_settings();
 	MarkGUCPrefixReserved("idempotency");
+	refuse_client_settings(from_client);
 
 	StoreInit();
 	ClaimInit();
@@ -79,6 +87,67 @@ const char *
 KeyFormatName(int format)
 {
 	return key_formats[format].name;
+}
+
+/*
+ * Names of our settings that an unprivileged client gave when it connected.
+ *
+ * Unless the library is preloaded, a setting is not known when a session
+ * starts, and a client can put a value of its own in the place of the one that
+ * the administrator gave to its role, its database or the server.  Later, when
+ * the setting becomes known, that value is thrown away, but the
+ * administrator's is not brought back.
+ */
+static List *
+find_client_settings(void)
+{
+	int			count;
+	struct config_generic **settings = get_guc_variables(&count);
+	List	   *result = NIL;
+
+	for (int i = 0; i < count; i++)
+	{
+		struct config_generic *setting = settings[i];
+
+		if (pg_strncasecmp(setting->name, SETTING_PREFIX,
+						   strlen(SETTING_PREFIX)) == 0 &&
+			setting->reset_source == PGC_S_CLIENT &&
+			setting->reset_scontext != PGC_SUSET)
+			result = lappend(result, pstrdup(setting->name));
+	}
+
+	pfree(settings);
+	return result;
+}
+
+/*
+ * End a session whose client tried to change what is the administrator's.
+ *
+ * With the library preloaded the server would not have let it connect.
+ */
+static void
+refuse_client_settings(List *names)
+{
+	int			count;
+	struct config_generic **settings = get_guc_variables(&count);
+
+	for (int i = 0; i < count; i++)
+	{
+		ListCell   *lc;
+
+		foreach(lc, names)
+		{
+			if (settings[i]->context != PGC_USERSET &&
+				pg_strcasecmp(settings[i]->name, lfirst(lc)) == 0)
+				ereport(FATAL,
+						(errcode(ERRCODE_INSUFFICIENT_PRIVILEGE),
+						 errmsg("permission denied to set parameter \"%s\"",
+								settings[i]->name)));
+		}
+	}
+
+	pfree(settings);
+	list_free_deep(names);
 }
 
 /*

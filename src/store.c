@@ -88,10 +88,15 @@ static void check_primary_key(Relation rel);
 static Oid	find_expiry_index(Relation rel);
 static void refuse_triggers(Relation rel);
 static Snapshot push_lookup_snapshot(void);
-static bool fetch_row(Store *store, ScanKey keys);
+static void open_index(Store *store, Oid index);
+static bool fetch_row(Store *store, const Scope *scope);
 static void get_record(Store *store, Record *record);
 static void check_serializable(Store *store);
-static void insert_row(Store *store, TupleTableSlot *slot);
+static void insert_row(Relation rel, TupleTableSlot *slot);
+static void insert_index_entries(ResultRelInfo *target, TupleTableSlot *slot,
+								 EState *estate);
+static bool violates_primary_key(const ErrorData *edata,
+								 const ResultRelInfo *target);
 
 static const StoreColumn columns[Natts_idempotency_key] = {
 	{"tenant", TEXTOID},
@@ -143,13 +148,13 @@ StoreOpen(Store *store, LOCKMODE lockmode)
 	if (!catalog.valid)
 		look_up_catalog();
 
-	store->lockmode = lockmode;
 	store->rel = table_open(catalog.table, lockmode);
+	store->lockmode = lockmode;
+	store->index = NULL;
+	store->slot = NULL;
+
 	if (lockmode >= RowExclusiveLock)
 		refuse_triggers(store->rel);
-	store->primary_key =
-		index_open(RelationGetPrimaryKeyIndex(store->rel, false), lockmode);
-	store->slot = table_slot_create(store->rel, NULL);
 }
 
 /*
@@ -160,8 +165,11 @@ StoreClose(Store *store)
 {
 	LOCKMODE	unlock = store->lockmode >= RowExclusiveLock ? NoLock : store->lockmode;
 
-	ExecDropSingleTupleTableSlot(store->slot);
-	index_close(store->primary_key, unlock);
+	if (store->index != NULL)
+	{
+		ExecDropSingleTupleTableSlot(store->slot);
+		index_close(store->index, unlock);
+	}
 	table_close(store->rel, unlock);
 }
 
@@ -177,14 +185,10 @@ StoreClose(Store *store)
 RecordLife
 StoreFind(Store *store, const Scope *scope, TimestampTz now, Record *record)
 {
-	ScanKeyData keys[SCOPE_PARTS];
+	if (store->index == NULL)
+		open_index(store, RelationGetPrimaryKeyIndex(store->rel, false));
 
-	for (int i = 0; i < SCOPE_PARTS; i++)
-		ScanKeyEntryInitialize(&keys[i], 0, i + 1, BTEqualStrategyNumber,
-							   InvalidOid, C_COLLATION_OID, F_TEXTEQ,
-							   scope->parts[i]);
-
-	if (!fetch_row(store, keys))
+	if (!fetch_row(store, scope))
 		return RECORD_ABSENT;
 
 	get_record(store, record);
@@ -203,7 +207,6 @@ StoreFind(Store *store, const Scope *scope, TimestampTz now, Record *record)
 void
 StoreInsert(Store *store, const Record *record)
 {
-	MemoryContext oldcontext = CurrentMemoryContext;
 	TupleTableSlot *slot;
 
 	slot = MakeSingleTupleTableSlot(RelationGetDescr(store->rel),
@@ -214,30 +217,7 @@ StoreInsert(Store *store, const Record *record)
 		   Natts_idempotency_key * sizeof(bool));
 	ExecStoreVirtualTuple(slot);
 
-	PG_TRY();
-	{
-		insert_row(store, slot);
-	}
-	PG_CATCH();
-	{
-		ErrorData  *edata;
-
-		MemoryContextSwitchTo(oldcontext);
-		edata = CopyErrorData();
-		if (edata->sqlerrcode != ERRCODE_UNIQUE_VIOLATION ||
-			edata->constraint_name == NULL ||
-			strcmp(edata->constraint_name,
-				   RelationGetRelationName(store->primary_key)) != 0)
-			PG_RE_THROW();
-
-		FlushErrorState();
-		ereport(ERROR,
-				(errcode(ERRCODE_IDEMPOTENCY_NO_CLAIM),
-				 errmsg("claim was lost to another transaction"),
-				 errdetail("A record for the same request was committed meanwhile."),
-				 errhint("Roll back and call idempotency_begin again: it replays the stored answer.")));
-	}
-	PG_END_TRY();
+	insert_row(store->rel, slot);
 
 	ExecDropSingleTupleTableSlot(slot);
 	CommandCounterIncrement();
@@ -276,9 +256,8 @@ StoreBeginExpired(Store *store, TimestampTz from, TimestampTz until)
 	ScanKeyInit(&keys[1], 1, BTLessEqualStrategyNumber, F_TIMESTAMPTZ_LE,
 				TimestampTzGetDatum(until));
 
-	store->expiry_index = index_open(find_expiry_index(store->rel),
-									 store->lockmode);
-	store->expired = index_beginscan(store->rel, store->expiry_index,
+	open_index(store, find_expiry_index(store->rel));
+	store->expired = index_beginscan(store->rel, store->index,
 									 push_lookup_snapshot(), NULL, 2, 0);
 	index_rescan(store->expired, keys, 2, NULL, 0);
 }
@@ -303,7 +282,6 @@ void
 StoreEndExpired(Store *store)
 {
 	index_endscan(store->expired);
-	index_close(store->expiry_index, NoLock);
 	PopActiveSnapshot();
 }
 
@@ -431,7 +409,7 @@ check_primary_key(Relation rel)
 
 		matches = index->rd_index->indnkeyatts == SCOPE_PARTS;
 		for (int i = 0; matches && i < SCOPE_PARTS; i++)
-			matches = index->rd_index->indkey.values[i] == i + 1;
+			matches = index->rd_index->indkey.values[i] <= SCOPE_PARTS;
 		index_close(index, AccessShareLock);
 	}
 
@@ -505,15 +483,38 @@ push_lookup_snapshot(void)
 }
 
 /*
- * Read the row with these keys, of which there is at most one, into the slot.
+ * Open an index to read by, and make a slot for the rows that it leads to.
+ */
+static void
+open_index(Store *store, Oid index)
+{
+	Assert(store->index == NULL);
+
+	store->index = index_open(index, store->lockmode);
+	store->slot = table_slot_create(store->rel, NULL);
+}
+
+/*
+ * Read the row of a scope, of which there is at most one, into the slot.
  */
 static bool
-fetch_row(Store *store, ScanKey keys)
+fetch_row(Store *store, const Scope *scope)
 {
+	ScanKeyData keys[SCOPE_PARTS];
 	IndexScanDesc scan;
 	bool		found;
 
-	scan = index_beginscan(store->rel, store->primary_key,
+	/* the columns of the index are those of the scope, in an order of its own */
+	for (int i = 0; i < SCOPE_PARTS; i++)
+	{
+		AttrNumber	column = store->index->rd_index->indkey.values[i];
+
+		ScanKeyEntryInitialize(&keys[i], 0, i + 1, BTEqualStrategyNumber,
+							   InvalidOid, C_COLLATION_OID, F_TEXTEQ,
+							   scope->parts[column - 1]);
+	}
+
+	scan = index_beginscan(store->rel, store->index,
 						   push_lookup_snapshot(), NULL, SCOPE_PARTS, 0);
 	index_rescan(scan, keys, SCOPE_PARTS, NULL, 0);
 	found = index_getnext_slot(scan, ForwardScanDirection, store->slot);
@@ -556,19 +557,71 @@ check_serializable(Store *store)
  * Put a row into the table and all of its indexes.
  */
 static void
-insert_row(Store *store, TupleTableSlot *slot)
+insert_row(Relation rel, TupleTableSlot *slot)
 {
 	EState	   *estate = CreateExecutorState();
 	ResultRelInfo *target = makeNode(ResultRelInfo);
 
-	InitResultRelInfo(target, store->rel, 0, NULL, 0);
+	InitResultRelInfo(target, rel, 0, NULL, 0);
 	ExecOpenIndices(target, false);
 
-	if (store->rel->rd_att->constr)
+	if (rel->rd_att->constr)
 		ExecConstraints(target, slot, estate);
-	simple_table_tuple_insert(store->rel, slot);
-	ExecInsertIndexTuples(target, slot, estate, false, false, NULL, NIL, false);
+	simple_table_tuple_insert(rel, slot);
+	insert_index_entries(target, slot, estate);
 
 	ExecCloseIndices(target);
 	FreeExecutorState(estate);
+}
+
+/*
+ * Put a row into the indexes, and say what it means when the primary key has
+ * an entry for its scope already.
+ */
+static void
+insert_index_entries(ResultRelInfo *target, TupleTableSlot *slot,
+					 EState *estate)
+{
+	MemoryContext oldcontext = CurrentMemoryContext;
+
+	PG_TRY();
+	{
+		ExecInsertIndexTuples(target, slot, estate,
+							  false, false, NULL, NIL, false);
+	}
+	PG_CATCH();
+	{
+		ErrorData  *edata;
+
+		MemoryContextSwitchTo(oldcontext);
+		edata = CopyErrorData();
+		if (!violates_primary_key(edata, target))
+			PG_RE_THROW();
+
+		FlushErrorState();
+		ereport(ERROR,
+				(errcode(ERRCODE_IDEMPOTENCY_NO_CLAIM),
+				 errmsg("claim was lost to another transaction"),
+				 errdetail("A record for the same request was committed meanwhile."),
+				 errhint("Roll back and call idempotency_begin again: it replays the stored answer.")));
+	}
+	PG_END_TRY();
+}
+
+static bool
+violates_primary_key(const ErrorData *edata, const ResultRelInfo *target)
+{
+	if (edata->sqlerrcode != ERRCODE_UNIQUE_VIOLATION ||
+		edata->constraint_name == NULL)
+		return false;
+
+	for (int i = 0; i < target->ri_NumIndices; i++)
+	{
+		Relation	index = target->ri_IndexRelationDescs[i];
+
+		if (index->rd_index->indisprimary &&
+			strcmp(RelationGetRelationName(index), edata->constraint_name) == 0)
+			return true;
+	}
+	return false;
 }

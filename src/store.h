@@ -70,11 +70,10 @@ typedef struct Record
 typedef struct Store
 {
 	Relation	rel;
-	Relation	primary_key;
 	LOCKMODE	lockmode;
+	Relation	index;			/* null before the first lookup, as is slot */
 	TupleTableSlot *slot;		/* the row that was found last */
-	Relation	expiry_index;	/* these two: while expired records are */
-	IndexScanDesc expired;		/* being read */
+	IndexScanDesc expired;		/* while expired records are being read */
 } Store;
 
 extern void StoreInit(void);
