@@ -55,6 +55,7 @@ static void guard_commit(void);
 static void forget_all(XactEvent event);
 static void commit_level(int level);
 static void abort_level(int level);
+static void untrack(const Claim *claim);
 static LockAcquireResult acquire_lock(const Scope *scope, bool dont_wait);
 static void wait_with_timeout(const Scope *scope, int wait_ms);
 
@@ -162,7 +163,8 @@ ClaimAdd(const Scope *scope, const Fingerprint *fingerprint)
 	claim->ttl = 0;
 	claim->fingerprint = *fingerprint;
 	memcpy(&claim->name, &scope->name, SizeOfScopeName(&scope->name));
-	claim->tracked = InFlightTrack(scope, fingerprint, claim->started_at);
+	claim->tracked = InFlightTrack(&claim->locktag, &claim->name,
+								   &claim->fingerprint, claim->started_at);
 
 	claim->next = claims;
 	claims = claim;
@@ -214,8 +216,7 @@ ClaimForget(Claim *claim, const Scope *scope)
 		 /* find what points to it */ ;
 	*link = claim->next;
 
-	if (claim->tracked)
-		InFlightForget(&claim->locktag);
+	untrack(claim);
 	ClaimUnlock(scope);
 	pfree(claim);
 }
@@ -337,8 +338,7 @@ abort_level(int level)
 		if (claim->held_level >= level)
 		{
 			*link = claim->next;
-			if (claim->tracked)
-				InFlightForget(&claim->locktag);
+			untrack(claim);
 			pfree(claim);
 			continue;
 		}
@@ -347,6 +347,32 @@ abort_level(int level)
 			claim->ended_level = 0;
 		link = &claim->next;
 	}
+}
+
+/*
+ * Remove what shared memory says of a claim.
+ *
+ * The scope may have been begun, ended and begun again.  The claims share one
+ * entry, which then goes back to the older one.
+ */
+static void
+untrack(const Claim *claim)
+{
+	if (!claim->tracked)
+		return;
+
+	for (Claim *older = claim->next; older != NULL; older = older->next)
+	{
+		if (memcmp(&older->locktag, &claim->locktag, sizeof(LOCKTAG)) == 0)
+		{
+			older->tracked = InFlightTrack(&older->locktag, &older->name,
+										   &older->fingerprint,
+										   older->started_at);
+			return;
+		}
+	}
+
+	InFlightForget(&claim->locktag);
 }
 
 /*

@@ -90,7 +90,7 @@ KeyFormatName(int format)
 }
 
 /*
- * Names of our settings that an unprivileged client gave when it connected.
+ * Names of our settings that the client gave when it connected.
  *
  * Unless the library is preloaded, a setting is not known when a session
  * starts, and a client can put a value of its own in the place of the one that
@@ -111,8 +111,7 @@ find_client_settings(void)
 
 		if (pg_strncasecmp(setting->name, SETTING_PREFIX,
 						   strlen(SETTING_PREFIX)) == 0 &&
-			setting->reset_source == PGC_S_CLIENT &&
-			setting->reset_scontext != PGC_SUSET)
+			setting->reset_source == PGC_S_CLIENT)
 			result = lappend(result, pstrdup(setting->name));
 	}
 
@@ -121,7 +120,8 @@ find_client_settings(void)
 }
 
 /*
- * End a session whose client tried to change what is the administrator's.
+ * End a session whose client tried to change what is the administrator's, which
+ * is seen by its value not having been accepted.
  *
  * With the library preloaded the server would not have let it connect.
  */
@@ -138,6 +138,7 @@ refuse_client_settings(List *names)
 		foreach(lc, names)
 		{
 			if (settings[i]->context != PGC_USERSET &&
+				settings[i]->reset_source != PGC_S_CLIENT &&
 				pg_strcasecmp(settings[i]->name, lfirst(lc)) == 0)
 				ereport(FATAL,
 						(errcode(ERRCODE_INSUFFICIENT_PRIVILEGE),
@@ -155,7 +156,7 @@ refuse_client_settings(List *names)
  *
  * A check hook cannot rely on the value of another setting while the
  * configuration file is being read, so what comes from there is checked when
- * it is used (see request.c), as is a max_ttl that is lowered later.
+ * it is used (see call.c), as is a max_ttl that is lowered later.
  */
 static bool
 check_ttl(int *newval, void **extra, GucSource source)
@@ -278,6 +279,9 @@ define_administrator_settings(void)
 /*
  * What sizes shared memory exists only where there is shared memory to size:
  * the library must be preloaded.
+ *
+ * A partitioned hash table has 32 free lists with an entry each at least, so
+ * that less than that could not be kept to.
  */
 static void
 define_server_settings(void)
@@ -289,7 +293,7 @@ define_server_settings(void)
 							"Sets how many claims in flight can be described in shared memory.",
 							"Claims beyond it are as safe, but repeats learn less about them.",
 							&idempotency_max_tracked_claims,
-							1024, 16, 1024 * 1024,
+							1024, 32, 1024 * 1024,
 							PGC_POSTMASTER, 0,
 							NULL, NULL, NULL);
 }

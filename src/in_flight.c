@@ -97,13 +97,14 @@ InFlightInit(void)
 }
 
 /*
- * Describe a claim that this backend just got the lock of.
+ * Describe a claim whose lock this backend holds.
  *
- * Returns false when there is no room for it.
+ * An entry that is there already is stale or this backend's own, and is
+ * overwritten.  Returns false when there is no room for a new one.
  */
 bool
-InFlightTrack(const Scope *scope, const Fingerprint *fingerprint,
-			  TimestampTz started_at)
+InFlightTrack(const LOCKTAG *locktag, const ScopeName *name,
+			  const Fingerprint *fingerprint, TimestampTz started_at)
 {
 	uint32		hash;
 	InFlightClaim *entry = NULL;
@@ -111,12 +112,11 @@ InFlightTrack(const Scope *scope, const Fingerprint *fingerprint,
 	if (claims == NULL)
 		return false;
 
-	hash = get_hash_value(claims, &scope->locktag);
+	hash = get_hash_value(claims, locktag);
 	for (int attempt = 0; attempt < 2; attempt++)
 	{
-		/* An entry may be there already, and is then stale or our own */
 		LWLockAcquire(partition_lock(hash), LW_EXCLUSIVE);
-		entry = hash_search_with_hash_value(claims, &scope->locktag, hash,
+		entry = hash_search_with_hash_value(claims, locktag, hash,
 											HASH_ENTER_NULL, NULL);
 		if (entry != NULL)
 			break;
@@ -134,7 +134,7 @@ InFlightTrack(const Scope *scope, const Fingerprint *fingerprint,
 	entry->pid = MyProcPid;
 	entry->started_at = started_at;
 	entry->fingerprint = *fingerprint;
-	memcpy(&entry->name, &scope->name, SizeOfScopeName(&scope->name));
+	memcpy(&entry->name, name, SizeOfScopeName(name));
 	LWLockRelease(partition_lock(hash));
 
 	return true;

@@ -25,7 +25,8 @@ typedef struct InFlightClaim
 } InFlightClaim;
 
 extern void InFlightInit(void);
-extern bool InFlightTrack(const Scope *scope, const Fingerprint *fingerprint,
+extern bool InFlightTrack(const LOCKTAG *locktag, const ScopeName *name,
+						  const Fingerprint *fingerprint,
 						  TimestampTz started_at);
 extern void InFlightForget(const LOCKTAG *locktag);
 extern void InFlightPrepare(const LOCKTAG *locktag);
