@@ -287,8 +287,6 @@ COMMENT ON FUNCTION idempotency_tracking() IS
 
 REVOKE ALL ON TYPE idempotency_state FROM PUBLIC;
 REVOKE ALL ON TYPE idempotency_result FROM PUBLIC;
-REVOKE ALL ON TYPE idempotency_key FROM PUBLIC;
-REVOKE ALL ON TYPE idempotency_in_flight FROM PUBLIC;
 REVOKE ALL ON FUNCTION idempotency_begin FROM PUBLIC;
 REVOKE ALL ON FUNCTION idempotency_try_begin FROM PUBLIC;
 REVOKE ALL ON FUNCTION idempotency_finish FROM PUBLIC;

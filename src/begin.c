@@ -71,7 +71,8 @@ typedef struct Request
 {
 	Scope		scope;
 	Fingerprint fingerprint;
-	int64		ttl;			/* microseconds, 0 for the setting */
+	int64		ttl;			/* microseconds */
+	int64		error_ttl;		/* microseconds */
 	int			wait_ms;
 	Store		store;
 	RecordLife	life;
@@ -88,7 +89,6 @@ static bool mismatches_record(const Request *request);
 static void raise_outcome(const Request *request, Outcome outcome);
 static void raise_in_flight(const Request *request);
 static int64 get_retry_after(const Request *request);
-
 
 PG_FUNCTION_INFO_V1(idempotency_begin);
 PG_FUNCTION_INFO_V1(idempotency_try_begin);
@@ -170,6 +170,7 @@ begin_request(FunctionCallInfo fcinfo, const char *function, bool raise)
 	FingerprintFromArguments(&request.fingerprint, fcinfo,
 							 BEGIN_REQUEST, BEGIN_REQUEST_HASH);
 	request.ttl = CallReadTtl(fcinfo, BEGIN_TTL);
+	request.error_ttl = CallReadErrorTtl();
 	request.wait_ms = CallReadWait(fcinfo, BEGIN_WAIT);
 
 	if (ClaimFindHeld(&request.scope) != NULL)
@@ -186,6 +187,7 @@ begin_request(FunctionCallInfo fcinfo, const char *function, bool raise)
 		Claim	   *claim = ClaimAdd(&request.scope, &request.fingerprint);
 
 		claim->ttl = request.ttl;
+		claim->error_ttl = request.error_ttl;
 		claim->replaces = (request.life == RECORD_EXPIRED);
 		result = ResultStarted(claim->started_at);
 	}

@@ -12,6 +12,8 @@
 #include "miscadmin.h"
 #include "utils/timestamp.h"
 
+static int64 setting_to_usecs(const char *name, int secs);
+
 /*
  * Refuse to begin or finish what could not be written.
  */
@@ -28,7 +30,8 @@ CallNeedsReadWrite(const char *function)
 }
 
 /*
- * The ttl of a call in microseconds, 0 when the setting is to be used.
+ * How long a completed answer is to be kept, in microseconds: by the argument,
+ * or else by the setting.
  */
 int64
 CallReadTtl(FunctionCallInfo fcinfo, int argument)
@@ -36,7 +39,7 @@ CallReadTtl(FunctionCallInfo fcinfo, int argument)
 	int64		ttl;
 
 	if (PG_ARGISNULL(argument))
-		return 0;
+		return setting_to_usecs("idempotency.ttl", idempotency_ttl);
 
 	ttl = CallIntervalToUsecs(PG_GETARG_INTERVAL_P(argument));
 	if (ttl < (int64) MIN_TTL_SECS * USECS_PER_SEC ||
@@ -47,6 +50,15 @@ CallReadTtl(FunctionCallInfo fcinfo, int argument)
 				 errdetail("It must be from %d s to %d s, which is \"idempotency.max_ttl\".",
 						   MIN_TTL_SECS, idempotency_max_ttl)));
 	return ttl;
+}
+
+/*
+ * How long a final error is to be kept, in microseconds.
+ */
+int64
+CallReadErrorTtl(void)
+{
+	return setting_to_usecs("idempotency.error_ttl", idempotency_error_ttl);
 }
 
 /*
@@ -96,8 +108,8 @@ CallIntervalToUsecs(const Interval *interval)
  * It can be above max_ttl when it comes from the configuration file, or when
  * max_ttl was lowered after it was set.
  */
-int64
-CallSettingToUsecs(const char *name, int secs)
+static int64
+setting_to_usecs(const char *name, int secs)
 {
 	if (secs > idempotency_max_ttl)
 		ereport(ERROR,

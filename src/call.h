@@ -15,8 +15,8 @@
 
 extern void CallNeedsReadWrite(const char *function);
 extern int64 CallReadTtl(FunctionCallInfo fcinfo, int argument);
+extern int64 CallReadErrorTtl(void);
 extern int	CallReadWait(FunctionCallInfo fcinfo, int argument);
 extern int64 CallIntervalToUsecs(const Interval *interval);
-extern int64 CallSettingToUsecs(const char *name, int secs);
 
 #endif							/* IDEMPOTENCY_CALL_H */

@@ -159,8 +159,9 @@ ClaimAdd(const Scope *scope, const Fingerprint *fingerprint)
 	claim->held_level = GetCurrentTransactionNestLevel();
 	claim->ended_level = 0;
 	claim->replaces = false;
-	claim->started_at = GetCurrentTimestamp();
 	claim->ttl = 0;
+	claim->error_ttl = 0;
+	claim->started_at = GetCurrentTimestamp();
 	claim->fingerprint = *fingerprint;
 	memcpy(&claim->name, &scope->name, SizeOfScopeName(&scope->name));
 	claim->tracked = InFlightTrack(&claim->locktag, &claim->name,

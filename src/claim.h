@@ -24,7 +24,8 @@ typedef struct Claim
 	bool		tracked;		/* has an entry in shared memory */
 	bool		replaces;		/* there was an expired record */
 	TimestampTz started_at;
-	int64		ttl;			/* microseconds, 0 for the setting */
+	int64		ttl;			/* to keep a completed answer, microseconds */
+	int64		error_ttl;		/* to keep a final error, microseconds */
 	Fingerprint fingerprint;
 	ScopeName	name;			/* allocated as long as needed */
 } Claim;

@@ -171,21 +171,8 @@ write_record(const Scope *scope, const Claim *claim, StatusClass class,
 	Datum		values[Natts_idempotency_key] = {0};
 	bool		nulls[Natts_idempotency_key];
 	Record		record = {values, nulls};
-	RecordState state;
+	bool		completed = (class == STATUS_COMPLETED);
 	TimestampTz now = GetCurrentTimestamp();
-	int64		ttl;
-
-	if (class == STATUS_COMPLETED)
-	{
-		state = RECORD_COMPLETED;
-		ttl = claim->ttl != 0 ? claim->ttl :
-			CallSettingToUsecs("idempotency.ttl", idempotency_ttl);
-	}
-	else
-	{
-		state = RECORD_ERRORED;
-		ttl = CallSettingToUsecs("idempotency.error_ttl", idempotency_error_ttl);
-	}
 
 	StoreOpen(&store, RowExclusiveLock);
 
@@ -202,25 +189,27 @@ write_record(const Scope *scope, const Claim *claim, StatusClass class,
 	for (int i = 0; i < SCOPE_PARTS; i++)
 		set_column(&record, i + 1, scope->parts[i]);
 	set_column(&record, Anum_idempotency_key_state,
-			   ObjectIdGetDatum(StoreStateOid(state)));
+			   ObjectIdGetDatum(StoreStateOid(completed ? RECORD_COMPLETED :
+											  RECORD_ERRORED)));
 	if (claim->fingerprint.len > 0)
 		set_column(&record, Anum_idempotency_key_request_hash,
 				   FingerprintGetBytea(&claim->fingerprint));
 	set_argument(&record, Anum_idempotency_key_status_code,
-							 fcinfo, FINISH_STATUS_CODE);
+				 fcinfo, FINISH_STATUS_CODE);
 	set_argument(&record, Anum_idempotency_key_headers,
-							 fcinfo, FINISH_HEADERS);
+				 fcinfo, FINISH_HEADERS);
 	set_argument(&record, Anum_idempotency_key_response,
-							 fcinfo, FINISH_RESPONSE);
+				 fcinfo, FINISH_RESPONSE);
 	set_argument(&record, Anum_idempotency_key_body,
-							 fcinfo, FINISH_BODY);
+				 fcinfo, FINISH_BODY);
 	set_column(&record, Anum_idempotency_key_attempt, Int32GetDatum(1));
 	set_column(&record, Anum_idempotency_key_created_at,
 			   TimestampTzGetDatum(claim->started_at));
 	set_column(&record, Anum_idempotency_key_finished_at,
 			   TimestampTzGetDatum(now));
 	set_column(&record, Anum_idempotency_key_expires_at,
-			   TimestampTzGetDatum(now + ttl));
+			   TimestampTzGetDatum(now + (completed ? claim->ttl :
+										  claim->error_ttl)));
 
 	StoreInsert(&store, &record);
 	StoreClose(&store);
@@ -235,7 +224,7 @@ set_column(Record *record, int column, Datum value)
 
 static void
 set_argument(Record *record, int column,
-						 FunctionCallInfo fcinfo, int argument)
+			 FunctionCallInfo fcinfo, int argument)
 {
 	if (!PG_ARGISNULL(argument))
 		set_column(record, column, PG_GETARG_DATUM(argument));

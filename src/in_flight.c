@@ -16,10 +16,10 @@
  * prepared), repeats just learn less.
  *
  * A prepared transaction has no process, and no code of ours runs when it is
- * resolved.  Its entries stay behind with pid 0.  They are known to be stale by
- * their lock, which nobody holds any more; readers pass over such an entry, the
- * next claim on the scope takes it over, and when the table is full they are
- * thrown out.
+ * resolved.  Its entries stay behind, with its transaction ID, and are stale
+ * once that is not in progress any more.  Readers pass over a stale entry, the
+ * next claim on the scope takes it over, and when the table is full all of them
+ * are thrown out.
  *
  * The table is a partitioned hash table like that of the lock manager: a
  * backend takes one of NUM_PARTITIONS locks for an entry, and all of them, in
@@ -29,12 +29,15 @@
  */
 #include "idempotency.h"
 
+#include "access/transam.h"
+#include "access/xact.h"
 #include "funcapi.h"
 #include "in_flight.h"
 #include "miscadmin.h"
 #include "port/atomics.h"
 #include "storage/ipc.h"
 #include "storage/lwlock.h"
+#include "storage/procarray.h"
 #include "storage/shmem.h"
 #include "utils/builtins.h"
 #include "utils/hsearch.h"
@@ -132,6 +135,7 @@ InFlightTrack(const LOCKTAG *locktag, const ScopeName *name,
 	}
 
 	entry->pid = MyProcPid;
+	entry->prepared_xid = InvalidTransactionId;
 	entry->started_at = started_at;
 	entry->fingerprint = *fingerprint;
 	memcpy(&entry->name, name, SizeOfScopeName(name));
@@ -165,15 +169,15 @@ InFlightPrepare(const LOCKTAG *locktag)
 	LWLockAcquire(partition_lock(hash), LW_EXCLUSIVE);
 	entry = hash_search_with_hash_value(claims, locktag, hash, HASH_FIND, NULL);
 	if (entry != NULL)
+	{
 		entry->pid = 0;
+		entry->prepared_xid = GetTopTransactionId();
+	}
 	LWLockRelease(partition_lock(hash));
 }
 
 /*
  * Get a copy of what is known about the claim on a scope.
- *
- * The caller has just found the lock of the scope taken, which is why an entry
- * of a prepared transaction is believed here.
  */
 bool
 InFlightFind(const Scope *scope, InFlightClaim *found)
@@ -198,7 +202,7 @@ InFlightFind(const Scope *scope, InFlightClaim *found)
 	}
 	LWLockRelease(partition_lock(hash));
 
-	return result;
+	return result && !is_stale(found);
 }
 
 /*
@@ -346,13 +350,8 @@ unlock_all_partitions(void)
 static bool
 is_stale(const InFlightClaim *claim)
 {
-	int			holders;
-
-	if (claim->pid != 0)
-		return false;
-
-	pfree(GetLockConflicts(&claim->locktag, ExclusiveLock, &holders));
-	return holders == 0;
+	return TransactionIdIsValid(claim->prepared_xid) &&
+		!TransactionIdIsInProgress(claim->prepared_xid);
 }
 
 /*

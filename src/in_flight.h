@@ -19,6 +19,7 @@ typedef struct InFlightClaim
 {
 	LOCKTAG		locktag;		/* hash key */
 	int			pid;			/* holder, 0 for a prepared transaction */
+	TransactionId prepared_xid; /* of that, else invalid */
 	TimestampTz started_at;
 	Fingerprint fingerprint;
 	ScopeName	name;

@@ -211,6 +211,8 @@ StoreInsert(Store *store, const Record *record)
 
 	slot = MakeSingleTupleTableSlot(RelationGetDescr(store->rel),
 									&TTSOpsVirtual);
+	memset(slot->tts_isnull, true,
+		   slot->tts_tupleDescriptor->natts * sizeof(bool));
 	memcpy(slot->tts_values, record->values,
 		   Natts_idempotency_key * sizeof(Datum));
 	memcpy(slot->tts_isnull, record->nulls,
@@ -372,7 +374,7 @@ static void
 check_shape(Relation rel, Oid state_type)
 {
 	TupleDesc	desc = RelationGetDescr(rel);
-	bool		matches = desc->natts == Natts_idempotency_key &&
+	bool		matches = desc->natts >= Natts_idempotency_key &&
 		rel->rd_rel->relkind == RELKIND_RELATION;
 
 	for (int i = 0; matches && i < Natts_idempotency_key; i++)
@@ -385,6 +387,10 @@ check_shape(Relation rel, Oid state_type)
 		matches = !attr->attisdropped && attr->atttypid == type &&
 			strcmp(NameStr(attr->attname), columns[i].name) == 0;
 	}
+
+	/* columns that somebody added and dropped again stay behind as nulls */
+	for (int i = Natts_idempotency_key; matches && i < desc->natts; i++)
+		matches = TupleDescAttr(desc, i)->attisdropped;
 
 	if (!matches)
 		ereport(ERROR,
