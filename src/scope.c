@@ -76,13 +76,17 @@ ScopeFromArguments(Scope *scope, FunctionCallInfo fcinfo, int actor_argument)
 	check_name("actor", VARDATA_ANY(part[SCOPE_ACTOR]),
 			   VARSIZE_ANY_EXHDR(part[SCOPE_ACTOR]));
 
-	ScopeFromParts(scope, parts);
+	/* it fits, as was just checked */
+	(void) ScopeFromParts(scope, parts);
 }
 
 /*
- * Make a scope of four texts that were checked before.
+ * Make a scope of four texts.
+ *
+ * Returns false when one is too long, which only a row that did not come from
+ * these functions can have; nobody can claim such a scope.
  */
-void
+bool
 ScopeFromParts(Scope *scope, const Datum *parts)
 {
 	unsigned char *end = scope->name.data;
@@ -92,9 +96,8 @@ ScopeFromParts(Scope *scope, const Datum *parts)
 		text	   *part = DatumGetTextPP(parts[i]);
 		int			len = VARSIZE_ANY_EXHDR(part);
 
-		/* a row that did not come from these functions may be too long */
 		if (len > SCOPE_PART_MAX)
-			elog(ERROR, "scope of idempotency record is too long");
+			return false;
 
 		scope->parts[i] = PointerGetDatum(part);
 		*end++ = (unsigned char) len;
@@ -104,6 +107,7 @@ ScopeFromParts(Scope *scope, const Datum *parts)
 	scope->name.len = end - scope->name.data;
 
 	set_locktag(scope);
+	return true;
 }
 
 /*

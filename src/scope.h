@@ -47,7 +47,7 @@ typedef struct Scope
 
 extern void ScopeFromArguments(Scope *scope, FunctionCallInfo fcinfo,
 							   int actor_argument);
-extern void ScopeFromParts(Scope *scope, const Datum *parts);
+extern bool ScopeFromParts(Scope *scope, const Datum *parts);
 extern Datum ScopeNamePart(const ScopeName *name, ScopePart part);
 
 static inline bool

@@ -26,13 +26,13 @@
  * Snapshots.  A lookup must see every record that was committed before the
  * lock of its scope was got, at every isolation level, or the work would be
  * done twice.  So it uses a new snapshot, not that of the transaction.  In a
- * serializable transaction it reads without a snapshot (SnapshotSelf), because
- * a scan with one takes predicate locks on whole index pages, and requests with
- * neighboring keys would fail each other; that only one transaction at a time
- * works on a scope is known from its lock and from the unique index.  What is
- * then left to check is that the record is in the snapshot that the
- * transaction's other reads had, and if it is not, the transaction cannot be
- * serialized.
+ * serializable transaction a scan with a snapshot would also take predicate
+ * locks on whole index pages, and requests with neighboring keys would fail each
+ * other.  That only one transaction at a time works on a scope is known from its
+ * lock and from the unique index, so the scan there reads all versions of a row
+ * (SnapshotAny) and picks the one that is in the new snapshot.  What is then
+ * left to check is that the record is in the snapshot that the transaction's
+ * other reads had, and if it is not, the transaction cannot be serialized.
  *
  * The unique index decides.  Whatever became of the lock, of two transactions
  * that insert a record for one scope the second waits in the index for the
@@ -88,6 +88,7 @@ static void check_primary_key(Relation rel);
 static Oid	find_expiry_index(Relation rel);
 static void refuse_triggers(Relation rel);
 static Snapshot push_lookup_snapshot(void);
+static bool fetch_next(Store *store, IndexScanDesc scan);
 static void open_index(Store *store, Oid index);
 static bool fetch_row(Store *store, const Scope *scope);
 static void get_record(Store *store, Record *record);
@@ -270,7 +271,7 @@ StoreBeginExpired(Store *store, TimestampTz from, TimestampTz until)
 bool
 StoreNextExpired(Store *store, Record *record)
 {
-	if (!index_getnext_slot(store->expired, ForwardScanDirection, store->slot))
+	if (!fetch_next(store, store->expired))
 		return false;
 
 	get_record(store, record);
@@ -485,7 +486,23 @@ push_lookup_snapshot(void)
 {
 	PushActiveSnapshot(GetLatestSnapshot());
 
-	return IsolationIsSerializable() ? SnapshotSelf : GetActiveSnapshot();
+	return IsolationIsSerializable() ? SnapshotAny : GetActiveSnapshot();
+}
+
+/*
+ * Fetch the next row of a scan that is in the active snapshot into the slot.
+ */
+static bool
+fetch_next(Store *store, IndexScanDesc scan)
+{
+	while (index_getnext_slot(scan, ForwardScanDirection, store->slot))
+	{
+		if (scan->xs_snapshot != SnapshotAny ||
+			table_tuple_satisfies_snapshot(store->rel, store->slot,
+										   GetActiveSnapshot()))
+			return true;
+	}
+	return false;
 }
 
 /*
@@ -523,7 +540,7 @@ fetch_row(Store *store, const Scope *scope)
 	scan = index_beginscan(store->rel, store->index,
 						   push_lookup_snapshot(), NULL, SCOPE_PARTS, 0);
 	index_rescan(scan, keys, SCOPE_PARTS, NULL, 0);
-	found = index_getnext_slot(scan, ForwardScanDirection, store->slot);
+	found = fetch_next(store, scan);
 	index_endscan(scan);
 	PopActiveSnapshot();
 

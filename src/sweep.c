@@ -183,7 +183,8 @@ is_claimed(const Record *record)
 	Scope		scope;
 	int			holders;
 
-	ScopeFromParts(&scope, record->values);
+	if (!ScopeFromParts(&scope, record->values))
+		return false;
 	(void) GetLockConflicts(&scope.locktag, ExclusiveLock, &holders);
 
 	return holders > 0;
