@@ -3,19 +3,22 @@
  * begin.c
  *	  begin, try_begin and replay: what a request is told.
  *
- * How begin decides.  It first tries to get the lock of the scope without
- * waiting, and then looks for a record:
+ * How begin decides.  It looks for a live record, and if there is none it tries
+ * to get the lock of the scope, without waiting:
  *
- *						lock is ours			lock is somebody else's
- *		no record		started					in flight, or mismatch
- *		expired record	started					in flight, or mismatch
- *		live record		replayed, or mismatch	replayed, or mismatch
+ *		live record						replayed, or mismatch
+ *		none, and the lock is ours		started
+ *		none, and it is not				in flight, or mismatch
  *
- * The order matters.  Looking first would leave a gap in which another
- * transaction commits its record and lets the lock go.  And a record counts
- * even when the lock is somebody else's: who holds it may be another repeat that
- * is reading the same answer.  Only "started" keeps the lock; in all other
- * cases it is given back at once, so that repeats do not wait for each other.
+ * A lookup is good for the last two only if it was made after the lock was tried
+ * for: in between, another transaction may have committed its record and let
+ * the lock go, to be held by a repeat that is just reading the record.  So begin
+ * looks again, unless it can tell that the lookup would have had the very same
+ * snapshot, which is nearly always so and saves the second search.
+ *
+ * Only "started" keeps the lock.  A repeat that finds the record at once does
+ * not touch it, and one that had to wait for it gives it back before it returns,
+ * so that repeats do not wait for each other's transactions.
  *
  * Waiting changes nothing of this: when the wait is over, with the lock or
  * without, begin looks again and decides by the same table.
@@ -213,25 +216,23 @@ begin_request(FunctionCallInfo fcinfo, const char *function, bool raise)
 static Outcome
 decide(Request *request)
 {
-	bool		locked = ClaimTryLock(&request->scope);
-	bool		waited = false;
+	int			wait_ms = request->wait_ms;
+	bool		tried = false;
+	bool		locked = false;
 	Outcome		outcome;
 
-	for (;;)
+	request->tracked = false;
+
+	while (!look_up(request))
 	{
-		request->tracked = false;
-
-		if (look_up(request))
+		if (!tried)
 		{
-			if (mismatches_record(request))
-				outcome = OUTCOME_MISMATCHED;
-			else if (StoreGetState(&request->record) == RECORD_PENDING)
-				outcome = OUTCOME_IN_FLIGHT;
-			else
-				outcome = OUTCOME_REPLAYED;
-			break;
+			tried = true;
+			ScopeSetLocktag(&request->scope);
+			locked = ClaimTryLock(&request->scope.locktag);
+			if (!StoreIsCurrent(&request->store))
+				continue;
 		}
-
 		if (locked)
 			return OUTCOME_STARTED;
 
@@ -240,15 +241,23 @@ decide(Request *request)
 			FingerprintDiffers(&request->fingerprint,
 							   &request->holder.fingerprint))
 			return OUTCOME_MISMATCHED;
-		if (request->wait_ms == 0 || waited)
+		if (wait_ms == 0)
 			return OUTCOME_IN_FLIGHT;
 
-		locked = ClaimWaitLock(&request->scope, request->wait_ms);
-		waited = true;
+		locked = ClaimWaitLock(&request->scope.locktag, wait_ms);
+		wait_ms = 0;
 	}
 
+	if (mismatches_record(request))
+		outcome = OUTCOME_MISMATCHED;
+	else if (StoreGetState(&request->record) == RECORD_PENDING)
+		outcome = OUTCOME_IN_FLIGHT;
+	else
+		outcome = OUTCOME_REPLAYED;
+
+	request->tracked = false;
 	if (locked)
-		ClaimUnlock(&request->scope);
+		ClaimUnlock(&request->scope.locktag);
 	return outcome;
 }
 

@@ -56,8 +56,8 @@ static void forget_all(XactEvent event);
 static void commit_level(int level);
 static void abort_level(int level);
 static void untrack(const Claim *claim);
-static LockAcquireResult acquire_lock(const Scope *scope, bool dont_wait);
-static void wait_with_timeout(const Scope *scope, int wait_ms);
+static LockAcquireResult acquire_lock(const LOCKTAG *locktag, bool dont_wait);
+static void wait_with_timeout(const LOCKTAG *locktag, int wait_ms);
 
 /* The claims of this transaction, latest first, in TopTransactionContext */
 static Claim *claims = NULL;
@@ -76,9 +76,9 @@ ClaimInit(void)
  * Get the lock of a scope if nobody else has it.
  */
 bool
-ClaimTryLock(const Scope *scope)
+ClaimTryLock(const LOCKTAG *locktag)
 {
-	return acquire_lock(scope, true) != LOCKACQUIRE_NOT_AVAIL;
+	return acquire_lock(locktag, true) != LOCKACQUIRE_NOT_AVAIL;
 }
 
 /*
@@ -93,7 +93,7 @@ ClaimTryLock(const Scope *scope)
  * meaning, and raises its error.
  */
 bool
-ClaimWaitLock(const Scope *scope, int wait_ms)
+ClaimWaitLock(const LOCKTAG *locktag, int wait_ms)
 {
 	MemoryContext oldcontext = CurrentMemoryContext;
 	ResourceOwner oldowner = CurrentResourceOwner;
@@ -106,9 +106,9 @@ ClaimWaitLock(const Scope *scope, int wait_ms)
 	PG_TRY();
 	{
 		if (use_timeout)
-			wait_with_timeout(scope, wait_ms);
+			wait_with_timeout(locktag, wait_ms);
 		else
-			acquire_lock(scope, false);
+			acquire_lock(locktag, false);
 		ReleaseCurrentSubTransaction();
 	}
 	PG_CATCH();
@@ -135,12 +135,12 @@ ClaimWaitLock(const Scope *scope, int wait_ms)
  * Give back a lock that was got in the current (sub)transaction.
  */
 void
-ClaimUnlock(const Scope *scope)
+ClaimUnlock(const LOCKTAG *locktag)
 {
 	ResourceOwner oldowner = CurrentResourceOwner;
 
 	CurrentResourceOwner = CurTransactionResourceOwner;
-	LockRelease(&scope->locktag, ExclusiveLock, false);
+	LockRelease(locktag, ExclusiveLock, false);
 	CurrentResourceOwner = oldowner;
 }
 
@@ -203,7 +203,7 @@ ClaimEnd(Claim *claim)
  * savepoint is rolled back, the claim is held again.
  */
 void
-ClaimForget(Claim *claim, const Scope *scope)
+ClaimForget(Claim *claim)
 {
 	Claim	  **link;
 
@@ -218,7 +218,7 @@ ClaimForget(Claim *claim, const Scope *scope)
 	*link = claim->next;
 
 	untrack(claim);
-	ClaimUnlock(scope);
+	ClaimUnlock(&claim->locktag);
 	pfree(claim);
 }
 
@@ -380,13 +380,13 @@ untrack(const Claim *claim)
  * Acquire the lock of a scope for the current (sub)transaction.
  */
 static LockAcquireResult
-acquire_lock(const Scope *scope, bool dont_wait)
+acquire_lock(const LOCKTAG *locktag, bool dont_wait)
 {
 	ResourceOwner oldowner = CurrentResourceOwner;
 	LockAcquireResult result;
 
 	CurrentResourceOwner = CurTransactionResourceOwner;
-	result = LockAcquire(&scope->locktag, ExclusiveLock, false, dont_wait);
+	result = LockAcquire(locktag, ExclusiveLock, false, dont_wait);
 	CurrentResourceOwner = oldowner;
 
 	return result;
@@ -396,7 +396,7 @@ acquire_lock(const Scope *scope, bool dont_wait)
  * Acquire the lock of a scope, or raise lock_not_available after wait_ms.
  */
 static void
-wait_with_timeout(const Scope *scope, int wait_ms)
+wait_with_timeout(const LOCKTAG *locktag, int wait_ms)
 {
 	int			nest_level = NewGUCNestLevel();
 	char		value[16];
@@ -405,6 +405,6 @@ wait_with_timeout(const Scope *scope, int wait_ms)
 	(void) set_config_option("lock_timeout", value,
 							 PGC_USERSET, PGC_S_SESSION,
 							 GUC_ACTION_SAVE, true, 0, false);
-	acquire_lock(scope, false);
+	acquire_lock(locktag, false);
 	AtEOXact_GUC(true, nest_level);
 }

@@ -31,12 +31,12 @@ typedef struct Claim
 } Claim;
 
 extern void ClaimInit(void);
-extern bool ClaimTryLock(const Scope *scope);
-extern bool ClaimWaitLock(const Scope *scope, int wait_ms);
-extern void ClaimUnlock(const Scope *scope);
+extern bool ClaimTryLock(const LOCKTAG *locktag);
+extern bool ClaimWaitLock(const LOCKTAG *locktag, int wait_ms);
+extern void ClaimUnlock(const LOCKTAG *locktag);
 extern Claim *ClaimAdd(const Scope *scope, const Fingerprint *fingerprint);
 extern Claim *ClaimFindHeld(const Scope *scope);
 extern void ClaimEnd(Claim *claim);
-extern void ClaimForget(Claim *claim, const Scope *scope);
+extern void ClaimForget(Claim *claim);
 
 #endif							/* IDEMPOTENCY_CLAIM_H */

@@ -13,13 +13,17 @@
  *	null	'n'
  *	true	't'
  *	false	'f'
- *	number	'#' length digits	plain decimal digits, without an exponent and
- *								without zeros at the end of a fraction
+ *	number	'#' length text		a minus sign if negative, the decimal digits
+ *								without zeros at either end, 'e', and the
+ *								power of ten of the first digit; zero is 0e0
  *	string	'"' length bytes	UTF-8
  *	array	'[' count values
  *	object	'{' count members	a member is a length, the bytes of the key and
  *								a value; shorter keys come first, and keys of
  *								equal length are in the order of their bytes
+ *
+ * So 1, 1.0 and 1e0 are all 1e0, and -0.25 is -25e-1.  Leaving out the zeros
+ * keeps the work in proportion to the request: 1e100000 has nine bytes.
  *
  * A length or count is four bytes, most significant first.  In a database
  * whose encoding is SQL_ASCII nobody knows what the bytes of a string mean, and
@@ -35,9 +39,11 @@
 #include "common/cryptohash.h"
 #include "common/sha2.h"
 #include "fingerprint.h"
+#include "libpq/pqformat.h"
 #include "mb/pg_wchar.h"
 #include "miscadmin.h"
 #include "port/pg_bswap.h"
+#include "utils/builtins.h"
 #include "utils/fmgrprotos.h"
 #include "utils/jsonb.h"
 #include "utils/numeric.h"
@@ -67,6 +73,7 @@ static void write_container(FormWriter *writer, JsonbContainer *container);
 static void write_array(FormWriter *writer, JsonbIterator **it, int count);
 static void write_object(FormWriter *writer, JsonbIterator **it, int count);
 static void write_value(FormWriter *writer, JsonbValue *value);
+static void write_number(FormWriter *writer, Numeric number);
 static void write_header(FormWriter *writer, char type, int count);
 static void write_bytes(FormWriter *writer, const char *data, int len);
 static void flush_form(FormWriter *writer);
@@ -119,7 +126,7 @@ FingerprintFromArguments(Fingerprint *fingerprint, FunctionCallInfo fcinfo,
 			ereport(ERROR,
 					(errcode(ERRCODE_IDEMPOTENCY_MALFORMED),
 					 errmsg("request_hash is malformed"),
-					 errdetail("It is %d bytes long, and must have %d to %d.",
+					 errdetail("Its length in bytes is %d, and must be from %d to %d.",
 							   len, FINGERPRINT_MIN, FINGERPRINT_MAX)));
 
 		FingerprintFromBytea(fingerprint, PointerGetDatum(digest));
@@ -273,14 +280,8 @@ write_value(FormWriter *writer, JsonbValue *value)
 									  value->val.boolean ? 't' : 'f');
 			break;
 		case jbvNumeric:
-			{
-				char	   *digits = numeric_normalize(value->val.numeric);
-
-				appendStringInfoCharMacro(&writer->buf, '#');
-				write_bytes(writer, digits, strlen(digits));
-				pfree(digits);
-				break;
-			}
+			write_number(writer, value->val.numeric);
+			break;
 		case jbvString:
 			{
 				int			len = value->val.string.len;
@@ -299,6 +300,61 @@ write_value(FormWriter *writer, JsonbValue *value)
 
 	if (writer->buf.len > FLUSH_BYTES)
 		flush_form(writer);
+}
+
+/*
+ * Write a number.
+ *
+ * Its digits come in the binary format of the wire protocol: how many digits to
+ * base 10000 there are, the power of 10000 of the first one, the sign, the
+ * display scale, and the digits.
+ */
+static void
+write_number(FormWriter *writer, Numeric number)
+{
+	bytea	   *wire = DatumGetByteaPP(DirectFunctionCall1(numeric_send,
+														   NumericGetDatum(number)));
+	StringInfoData msg;
+	int			count;
+	int			weight;
+	bool		negative;
+	char	   *digits;
+	char	   *first;
+	char	   *end;
+	char	   *text;
+
+	initStringInfo(&msg);
+	appendBinaryStringInfo(&msg, VARDATA_ANY(wire), VARSIZE_ANY_EXHDR(wire));
+	count = pq_getmsgint(&msg, 2);
+	weight = (int16) pq_getmsgint(&msg, 2);
+	negative = (pq_getmsgint(&msg, 2) != 0);
+	(void) pq_getmsgint(&msg, 2);
+
+	digits = palloc(count * 4 + 1);
+	for (int i = 0; i < count; i++)
+		pg_ultostr_zeropad(digits + i * 4, pq_getmsgint(&msg, 2), 4);
+
+	first = digits;
+	end = digits + count * 4;
+	while (first < end && *first == '0')
+		first++;
+	while (first < end && end[-1] == '0')
+		end--;
+
+	if (first == end)
+		text = pstrdup("0e0");
+	else
+		text = psprintf("%s%.*se%d", negative ? "-" : "",
+						(int) (end - first), first,
+						weight * 4 + 3 - (int) (first - digits));
+
+	appendStringInfoCharMacro(&writer->buf, '#');
+	write_bytes(writer, text, strlen(text));
+
+	pfree(text);
+	pfree(digits);
+	pfree(msg.data);
+	pfree(wire);
 }
 
 static void

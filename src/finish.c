@@ -44,6 +44,7 @@ enum
 };
 
 static void check_answer(FunctionCallInfo fcinfo);
+static void check_size(FunctionCallInfo fcinfo);
 static void write_record(const Scope *scope, const Claim *claim,
 						 StatusClass class, FunctionCallInfo fcinfo);
 static void set_column(Record *record, int column, Datum value);
@@ -89,7 +90,10 @@ idempotency_finish(PG_FUNCTION_ARGS)
 
 	class = StatusClassify(PG_GETARG_INT32(FINISH_STATUS_CODE));
 	if (class != STATUS_RELEASED)
+	{
+		check_size(fcinfo);
 		write_record(&scope, claim, class, fcinfo);
+	}
 	ClaimEnd(claim);
 
 	PG_RETURN_TEXT_P(cstring_to_text(names[class]));
@@ -117,7 +121,7 @@ idempotency_release(PG_FUNCTION_ARGS)
 	if (claim == NULL)
 		PG_RETURN_BOOL(false);
 
-	ClaimForget(claim, &scope);
+	ClaimForget(claim);
 	PG_RETURN_BOOL(true);
 }
 
@@ -127,9 +131,6 @@ idempotency_release(PG_FUNCTION_ARGS)
 static void
 check_answer(FunctionCallInfo fcinfo)
 {
-	static const int parts[] = {FINISH_RESPONSE, FINISH_HEADERS, FINISH_BODY};
-	Size		size = 0;
-
 	if (PG_ARGISNULL(FINISH_STATUS_CODE) ||
 		PG_GETARG_INT32(FINISH_STATUS_CODE) < STATUS_MIN ||
 		PG_GETARG_INT32(FINISH_STATUS_CODE) > STATUS_MAX)
@@ -144,6 +145,16 @@ check_answer(FunctionCallInfo fcinfo)
 				(errcode(ERRCODE_IDEMPOTENCY_MALFORMED),
 				 errmsg("both response and body were given"),
 				 errhint("Use response for JSON and body for anything else.")));
+}
+
+/*
+ * Refuse an answer that is too large to be kept.
+ */
+static void
+check_size(FunctionCallInfo fcinfo)
+{
+	static const int parts[] = {FINISH_RESPONSE, FINISH_HEADERS, FINISH_BODY};
+	Size		size = 0;
 
 	for (size_t i = 0; i < lengthof(parts); i++)
 	{
@@ -155,7 +166,7 @@ check_answer(FunctionCallInfo fcinfo)
 		ereport(ERROR,
 				(errcode(ERRCODE_IDEMPOTENCY_TOO_LARGE),
 				 errmsg("answer is too large to be stored"),
-				 errdetail("It has %zu bytes with its headers, and \"idempotency.max_response_size\" is %d.",
+				 errdetail("Its size in bytes, headers included, is %zu, and \"idempotency.max_response_size\" is %d.",
 						   size, idempotency_max_response_size),
 				 errhint("Store a reference to the answer instead of the answer.")));
 }

@@ -8,6 +8,7 @@
 #include "idempotency.h"
 
 #include "access/htup_details.h"
+#include "catalog/pg_type_d.h"
 #include "funcapi.h"
 #include "result.h"
 #include "utils/builtins.h"
@@ -29,6 +30,11 @@
 #define Anum_result_expires_at		12
 #define Natts_result				12
 
+static const Oid result_types[Natts_result] = {
+	TEXTOID, INT4OID, JSONOID, JSONBOID, BYTEAOID, INT4OID, TEXTOID, JSONBOID,
+	INTERVALOID, TIMESTAMPTZOID, TIMESTAMPTZOID, TIMESTAMPTZOID
+};
+
 /* A row in the making; all columns are null at first */
 typedef struct ResultRow
 {
@@ -41,6 +47,7 @@ static void set_value(ResultRow *result, int column, Datum value);
 static void copy_column(ResultRow *result, int column,
 						const Record *record, int record_column);
 static Datum make_datum(ResultRow *result);
+static void check_shape(TupleDesc desc);
 
 /*
  * The caller has the claim, since started_at, and is to do the work.
@@ -159,8 +166,30 @@ static Datum
 make_datum(ResultRow *result)
 {
 	TupleDesc	desc = lookup_rowtype_tupdesc(StoreResultType(), -1);
-	HeapTuple	tuple = heap_form_tuple(desc, result->values, result->nulls);
+	HeapTuple	tuple;
 
+	check_shape(desc);
+	tuple = heap_form_tuple(desc, result->values, result->nulls);
 	ReleaseTupleDesc(desc);
+
 	return HeapTupleGetDatum(tuple);
+}
+
+/*
+ * Refuse a row type that belongs to another version of the extension.
+ */
+static void
+check_shape(TupleDesc desc)
+{
+	bool		matches = desc->natts == Natts_result;
+
+	for (int i = 0; matches && i < Natts_result; i++)
+		matches = TupleDescAttr(desc, i)->atttypid == result_types[i];
+
+	if (!matches)
+		ereport(ERROR,
+				(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
+				 errmsg("type \"%s\" is not the one that the loaded library was made for",
+						format_type_be(desc->tdtypeid)),
+				 errhint("Run ALTER EXTENSION idempotency UPDATE, and start a new session.")));
 }

@@ -34,7 +34,6 @@ static void check_name(const char *what, const char *data, int len);
 static void check_key(const char *data, int len);
 static bool key_has_format(const char *data, int len, int format);
 static bool is_uuid(const char *data, int len);
-static void set_locktag(Scope *scope);
 
 /*
  * Read the scope from the arguments of a call, and check it.
@@ -106,8 +105,27 @@ ScopeFromParts(Scope *scope, const Datum *parts)
 	}
 	scope->name.len = end - scope->name.data;
 
-	set_locktag(scope);
 	return true;
+}
+
+/*
+ * Work out the lock that stands for a scope; the head of this file says how.
+ */
+void
+ScopeSetLocktag(Scope *scope)
+{
+	const ScopeName *name = &scope->name;
+	uint64		first = hash_bytes_extended(name->data, name->len, 0);
+	uint64		second = hash_bytes_extended(name->data, name->len,
+											 SECOND_HASH_SEED);
+	LOCKTAG    *tag = &scope->locktag;
+
+	tag->locktag_field1 = MyDatabaseId;
+	tag->locktag_field2 = (uint32) first;
+	tag->locktag_field3 = (uint32) (first >> 32);
+	tag->locktag_field4 = (uint16) second;
+	tag->locktag_type = LOCKTAG_USERLOCK;
+	tag->locktag_lockmethodid = USER_LOCKMETHOD;
 }
 
 /*
@@ -166,7 +184,7 @@ check_name(const char *what, const char *data, int len)
 		ereport(ERROR,
 				(errcode(ERRCODE_IDEMPOTENCY_MALFORMED),
 				 errmsg("%s is malformed", what),
-				 errdetail("It is %d bytes long, and at most %d are allowed.",
+				 errdetail("Its length in bytes is %d, and at most %d is allowed.",
 						   len, SCOPE_PART_MAX)));
 
 	for (int i = 0; i < len; i++)
@@ -190,8 +208,8 @@ static void
 check_key(const char *data, int len)
 {
 	static const char *const descriptions[] = {
-		[KEY_FORMAT_ASCII] = "visible ASCII characters without spaces",
-		[KEY_FORMAT_SLUG] = "letters, digits, hyphens and underscores",
+		[KEY_FORMAT_ASCII] = "made of visible ASCII characters without spaces",
+		[KEY_FORMAT_SLUG] = "made of letters, digits, hyphens and underscores",
 		[KEY_FORMAT_UUID] = "a UUID in its standard text form",
 	};
 
@@ -205,7 +223,7 @@ check_key(const char *data, int len)
 		ereport(ERROR,
 				(errcode(ERRCODE_IDEMPOTENCY_MALFORMED),
 				 errmsg("idempotency key is malformed"),
-				 errdetail("It is %d bytes long, and settings \"%s\" and \"%s\" allow %d to %d.",
+				 errdetail("Its length in bytes is %d, and settings \"%s\" and \"%s\" allow %d to %d.",
 						   len,
 						   "idempotency.key_min_length",
 						   "idempotency.key_max_length",
@@ -216,7 +234,7 @@ check_key(const char *data, int len)
 		ereport(ERROR,
 				(errcode(ERRCODE_IDEMPOTENCY_MALFORMED),
 				 errmsg("idempotency key is malformed"),
-				 errdetail("Setting \"%s\" is \"%s\": a key must be made of %s.",
+				 errdetail("Setting \"%s\" is \"%s\": a key must be %s.",
 						   "idempotency.key_format",
 						   KeyFormatName(idempotency_key_format),
 						   descriptions[idempotency_key_format])));
@@ -269,21 +287,4 @@ is_uuid(const char *data, int len)
 			return false;
 	}
 	return true;
-}
-
-static void
-set_locktag(Scope *scope)
-{
-	const ScopeName *name = &scope->name;
-	uint64		first = hash_bytes_extended(name->data, name->len, 0);
-	uint64		second = hash_bytes_extended(name->data, name->len,
-											 SECOND_HASH_SEED);
-	LOCKTAG    *tag = &scope->locktag;
-
-	tag->locktag_field1 = MyDatabaseId;
-	tag->locktag_field2 = (uint32) first;
-	tag->locktag_field3 = (uint32) (first >> 32);
-	tag->locktag_field4 = (uint16) second;
-	tag->locktag_type = LOCKTAG_USERLOCK;
-	tag->locktag_lockmethodid = USER_LOCKMETHOD;
 }

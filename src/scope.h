@@ -38,7 +38,7 @@ typedef struct ScopeName
 typedef struct Scope
 {
 	Datum		parts[SCOPE_PARTS]; /* text, as it goes into the record */
-	LOCKTAG		locktag;		/* the lock that stands for the scope */
+	LOCKTAG		locktag;		/* once ScopeSetLocktag() was called */
 	ScopeName	name;
 } Scope;
 
@@ -48,6 +48,7 @@ typedef struct Scope
 extern void ScopeFromArguments(Scope *scope, FunctionCallInfo fcinfo,
 							   int actor_argument);
 extern bool ScopeFromParts(Scope *scope, const Datum *parts);
+extern void ScopeSetLocktag(Scope *scope);
 extern Datum ScopeNamePart(const ScopeName *name, ScopePart part);
 
 static inline bool

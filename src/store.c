@@ -23,9 +23,10 @@
  * No permissions are checked here.  The right to call a function is the right
  * to have it find and write its record, and nothing runs as another role.
  *
- * Snapshots.  A lookup must see every record that was committed before the
- * lock of its scope was got, at every isolation level, or the work would be
- * done twice.  So it uses a new snapshot, not that of the transaction.  In a
+ * Snapshots.  Who claims a request must have seen every record that was
+ * committed before the lock of its scope was got, at every isolation level, or
+ * the work would be done twice.  So a lookup uses a new snapshot, not that of the
+ * transaction.  In a
  * serializable transaction a scan with a snapshot would also take predicate
  * locks on whole index pages, and requests with neighboring keys would fail each
  * other.  That only one transaction at a time works on a scope is known from its
@@ -81,13 +82,14 @@ typedef struct StoreCatalog
 } StoreCatalog;
 
 static void forget_catalog(Datum arg, Oid relid);
-static void look_up_catalog(void);
+static Relation look_up_catalog(LOCKMODE lockmode);
+static Oid	find_table(Oid *schema);
 static Oid	find_type(const char *name, Oid schema);
 static void check_shape(Relation rel, Oid state_type);
 static void check_primary_key(Relation rel);
 static Oid	find_expiry_index(Relation rel);
 static void refuse_triggers(Relation rel);
-static Snapshot push_lookup_snapshot(void);
+static Snapshot push_lookup_snapshot(Store *store);
 static bool fetch_next(Store *store, IndexScanDesc scan);
 static void open_index(Store *store, Oid index);
 static bool fetch_row(Store *store, const Scope *scope);
@@ -146,16 +148,26 @@ StoreInit(void)
 void
 StoreOpen(Store *store, LOCKMODE lockmode)
 {
-	if (!catalog.valid)
-		look_up_catalog();
+	Relation	rel = NULL;
 
-	store->rel = table_open(catalog.table, lockmode);
+	if (catalog.valid)
+		rel = try_table_open(catalog.table, lockmode);
+
+	/* the table may have been altered or replaced while we waited for it */
+	if (rel == NULL || !catalog.valid)
+	{
+		if (rel != NULL)
+			table_close(rel, lockmode);
+		rel = look_up_catalog(lockmode);
+	}
+
+	if (lockmode >= RowExclusiveLock)
+		refuse_triggers(rel);
+
+	store->rel = rel;
 	store->lockmode = lockmode;
 	store->index = NULL;
 	store->slot = NULL;
-
-	if (lockmode >= RowExclusiveLock)
-		refuse_triggers(store->rel);
 }
 
 /*
@@ -198,6 +210,20 @@ StoreFind(Store *store, const Scope *scope, TimestampTz now, Record *record)
 
 	check_serializable(store);
 	return RECORD_LIVE;
+}
+
+/*
+ * Whether a lookup made now would find what the last one found.
+ *
+ * The server counts the transactions that ended with something to show, and a
+ * snapshot has the count of the moment when it was made.  If a new snapshot has
+ * the same count as the old one, the two are the same.
+ */
+bool
+StoreIsCurrent(const Store *store)
+{
+	return store->snapshot_age != 0 &&
+		store->snapshot_age == GetLatestSnapshot()->snapXactCompletionCount;
 }
 
 /*
@@ -261,7 +287,7 @@ StoreBeginExpired(Store *store, TimestampTz from, TimestampTz until)
 
 	open_index(store, find_expiry_index(store->rel));
 	store->expired = index_beginscan(store->rel, store->index,
-									 push_lookup_snapshot(), NULL, 2, 0);
+									 push_lookup_snapshot(store), NULL, 2, 0);
 	index_rescan(store->expired, keys, 2, NULL, 0);
 }
 
@@ -333,31 +359,60 @@ forget_catalog(Datum arg, Oid relid)
 }
 
 /*
- * Find our objects by the schema of the extension, whatever the search_path.
+ * Open the table, and find our other objects.
  *
- * The table stays locked until the result is marked valid, so that whatever
- * changes it sends its invalidation later.
+ * With the table locked, nothing about it can change any more; but what has its
+ * name may be another table by the time that we have the lock.
  */
-static void
-look_up_catalog(void)
+static Relation
+look_up_catalog(LOCKMODE lockmode)
 {
-	Oid			schema = get_extension_schema(get_extension_oid(EXTENSION_NAME,
-																false));
-	Oid			state_type = find_type(STATE_TYPE, schema);
+	Oid			schema;
+	Oid			table;
+	Oid			state_type;
 	Relation	rel;
 
-	catalog.table = get_relname_relid(TABLE_NAME, schema);
+	for (;;)
+	{
+		table = find_table(&schema);
+		rel = try_table_open(table, lockmode);
+		if (rel != NULL && find_table(&schema) == table)
+			break;
+		if (rel != NULL)
+			table_close(rel, lockmode);
+	}
+
+	state_type = find_type(STATE_TYPE, schema);
+	check_shape(rel, state_type);
+	check_primary_key(rel);
+
+	catalog.table = table;
 	catalog.result_type = find_type(RESULT_TYPE, schema);
 	for (int i = 0; i < RECORD_STATES; i++)
 		catalog.states[i] = GetSysCacheOid2(ENUMTYPOIDNAME, Anum_pg_enum_oid,
 											ObjectIdGetDatum(state_type),
 											CStringGetDatum(state_labels[i]));
-
-	rel = table_open(catalog.table, AccessShareLock);
-	check_shape(rel, state_type);
-	check_primary_key(rel);
 	catalog.valid = true;
-	table_close(rel, AccessShareLock);
+
+	return rel;
+}
+
+/*
+ * Find the table by the schema of the extension, whatever the search_path.
+ */
+static Oid
+find_table(Oid *schema)
+{
+	Oid			table;
+
+	*schema = get_extension_schema(get_extension_oid(EXTENSION_NAME, false));
+	table = get_relname_relid(TABLE_NAME, *schema);
+	if (!OidIsValid(table))
+		ereport(ERROR,
+				(errcode(ERRCODE_UNDEFINED_TABLE),
+				 errmsg("table \"%s\" of extension \"%s\" does not exist",
+						TABLE_NAME, EXTENSION_NAME)));
+	return table;
 }
 
 static Oid
@@ -387,6 +442,10 @@ check_shape(Relation rel, Oid state_type)
 			type = state_type;
 		matches = !attr->attisdropped && attr->atttypid == type &&
 			strcmp(NameStr(attr->attname), columns[i].name) == 0;
+
+		/* lookups compare the columns of the primary key by bytes */
+		if (i < SCOPE_PARTS && attr->attcollation != C_COLLATION_OID)
+			matches = false;
 	}
 
 	/* columns that somebody added and dropped again stay behind as nulls */
@@ -482,9 +541,13 @@ refuse_triggers(Relation rel)
  * What is returned is what to scan with: see the head of this file.
  */
 static Snapshot
-push_lookup_snapshot(void)
+push_lookup_snapshot(Store *store)
 {
-	PushActiveSnapshot(GetLatestSnapshot());
+	Snapshot	latest = GetLatestSnapshot();
+
+	/* the copy that is pushed does not have it */
+	store->snapshot_age = latest->snapXactCompletionCount;
+	PushActiveSnapshot(latest);
 
 	return IsolationIsSerializable() ? SnapshotAny : GetActiveSnapshot();
 }
@@ -538,7 +601,7 @@ fetch_row(Store *store, const Scope *scope)
 	}
 
 	scan = index_beginscan(store->rel, store->index,
-						   push_lookup_snapshot(), NULL, SCOPE_PARTS, 0);
+						   push_lookup_snapshot(store), NULL, SCOPE_PARTS, 0);
 	index_rescan(scan, keys, SCOPE_PARTS, NULL, 0);
 	found = fetch_next(store, scan);
 	index_endscan(scan);

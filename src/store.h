@@ -73,6 +73,7 @@ typedef struct Store
 	LOCKMODE	lockmode;
 	Relation	index;			/* null before the first lookup, as is slot */
 	TupleTableSlot *slot;		/* the row that was found last */
+	uint64		snapshot_age;	/* of the last lookup, see StoreIsCurrent() */
 	IndexScanDesc expired;		/* while expired records are being read */
 } Store;
 
@@ -81,6 +82,7 @@ extern void StoreOpen(Store *store, LOCKMODE lockmode);
 extern void StoreClose(Store *store);
 extern RecordLife StoreFind(Store *store, const Scope *scope, TimestampTz now,
 							Record *record);
+extern bool StoreIsCurrent(const Store *store);
 extern void StoreInsert(Store *store, const Record *record);
 extern bool StoreDelete(Store *store, bool wait);
 

@@ -185,6 +185,7 @@ is_claimed(const Record *record)
 
 	if (!ScopeFromParts(&scope, record->values))
 		return false;
+	ScopeSetLocktag(&scope);
 	(void) GetLockConflicts(&scope.locktag, ExclusiveLock, &holders);
 
 	return holders > 0;

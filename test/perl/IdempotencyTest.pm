@@ -1,0 +1,133 @@
+# Servers, sessions and questions that the TAP tests of idempotency share.
+package IdempotencyTest;
+
+use strict;
+use warnings;
+
+use Exporter 'import';
+use PostgreSQL::Test::Cluster;
+use PostgreSQL::Test::Utils;
+
+our @EXPORT = qw(
+  new_server
+  create_shop
+  error_of
+  session
+  end_session
+  start_after_kill
+  wait_for_end_of
+  $count_userlocks
+);
+
+# What the tests send and compare is UTF-8, in any locale.
+$ENV{PGCLIENTENCODING} = 'UTF8';
+
+# How many claims hold their lock, whoever holds it.
+our $count_userlocks =
+  "SELECT count(*) FROM pg_locks WHERE locktype = 'userlock'";
+
+# A server that is set up but not started.
+#
+# preload => 0 leaves the library out of shared_preload_libraries; conf is
+# added to the configuration, and init goes to the init of the node.
+sub new_server
+{
+	my ($name, %options) = @_;
+	my $node = PostgreSQL::Test::Cluster->new($name);
+
+	$node->init(
+		extra => [ '--no-locale', '--encoding=UTF8' ],
+		@{ $options{init} // [] });
+	$node->append_conf('postgresql.conf',
+		"shared_preload_libraries = 'idempotency'")
+	  if $options{preload} // 1;
+	$node->append_conf('postgresql.conf', 'max_prepared_transactions = 10');
+	$node->append_conf('postgresql.conf', $options{conf})
+	  if defined $options{conf};
+	return $node;
+}
+
+# The extension, and an application on top of it: pay(key) makes a payment
+# once, and tells what begin said and what the answer is.  Nothing but the
+# extension keeps the table of payments from having a key twice.
+sub create_shop
+{
+	my ($node, $dbname) = @_;
+
+	$node->safe_psql(
+		$dbname // 'postgres', q{
+		CREATE EXTENSION idempotency;
+		CREATE TABLE payment (key text NOT NULL);
+		CREATE FUNCTION pay(key text) RETURNS text LANGUAGE plpgsql AS $$
+		DECLARE
+			request jsonb := jsonb_build_object('key', key);
+			answer json := format('{"paid" :  "%s"}', key);
+			result idempotency_result;
+		BEGIN
+			result := idempotency_begin('shop', 'pay', key, request);
+			IF result.outcome = 'started' THEN
+				INSERT INTO payment VALUES (key);
+				PERFORM idempotency_finish('shop', 'pay', key, 201, answer);
+				RETURN 'started ' || answer;
+			END IF;
+			RETURN result.outcome || ' ' || result.response;
+		END $$;});
+	return;
+}
+
+# The error that a statement gets, with its SQLSTATE, detail and hint.
+sub error_of
+{
+	my ($node, $dbname, $sql) = @_;
+	my ($rc, $stdout, $stderr) = $node->psql($dbname, $sql,
+		extra_params => [ '-v', 'VERBOSITY=verbose' ]);
+
+	return "no error, but: $stdout" if $rc == 0;
+	$stderr =~ s/^LOCATION:.*\n?//mg;
+	return $stderr;
+}
+
+# A session that stays open, and goes on after an error.
+sub session
+{
+	my ($node, $dbname) = @_;
+
+	return $node->background_psql($dbname // 'postgres', on_error_stop => 0);
+}
+
+# End a session whose server process may be gone already.
+sub end_session
+{
+	my ($session) = @_;
+
+	eval { $session->quit; 1 } or $session->{run}->kill_kill;
+	return;
+}
+
+# Start a server whose postmaster was killed.  Its children end by themselves,
+# and until the last of them has, the data directory is still in use.
+sub start_after_kill
+{
+	my ($node) = @_;
+
+	for (1 .. 10 * $PostgreSQL::Test::Utils::timeout_default)
+	{
+		return if $node->start(fail_ok => 1);
+		$node->stop('fast', fail_ok => 1);
+		select(undef, undef, undef, 0.1);
+	}
+	die 'server does not start after its postmaster was killed';
+}
+
+# Wait until a server process is gone.
+sub wait_for_end_of
+{
+	my ($node, $pid) = @_;
+
+	$node->poll_query_until('postgres',
+		"SELECT count(*) = 0 FROM pg_stat_activity WHERE pid = $pid")
+	  or die "process $pid does not end";
+	return;
+}
+
+1;

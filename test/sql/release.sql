@@ -1,0 +1,105 @@
+--
+-- Giving a claim back without an answer
+--
+CREATE EXTENSION idempotency;
+
+CREATE FUNCTION locks() RETURNS bigint LANGUAGE sql VOLATILE AS
+$$ SELECT count(*) FROM pg_locks WHERE locktype = 'userlock' AND pid = pg_backend_pid() $$;
+
+-- no claim: false, and no error
+SELECT idempotency_release('t', 'a', 'k');
+BEGIN;
+SELECT outcome FROM idempotency_begin('t', 'a', 'k');
+SELECT locks();
+-- another scope
+SELECT idempotency_release('t', 'a', 'k', 'user 1');
+SELECT idempotency_release('t', 'a', 'k2');
+SELECT idempotency_release('u', 'a', 'k');
+SELECT locks();
+-- the claim, whose lock goes at once, and only once
+SELECT idempotency_release('t', 'a', 'k');
+SELECT locks();
+SELECT idempotency_release('t', 'a', 'k');
+SELECT idempotency_finish('t', 'a', 'k');
+\echo :SQLSTATE
+COMMIT;
+
+-- nothing was written, and the guard has nothing to say
+BEGIN;
+SELECT outcome FROM idempotency_begin('t', 'a', 'k');
+SELECT idempotency_release('t', 'a', 'k');
+COMMIT;
+SELECT count(*) FROM idempotency_key;
+
+-- it can be begun again in the same transaction
+BEGIN;
+SELECT outcome FROM idempotency_begin('t', 'a', 'k');
+SELECT idempotency_release('t', 'a', 'k');
+SELECT outcome FROM idempotency_begin('t', 'a', 'k', '{"a": 2}');
+SELECT idempotency_finish('t', 'a', 'k', 200, '"second"');
+-- what was finished cannot be released
+SELECT idempotency_release('t', 'a', 'k');
+COMMIT;
+SELECT outcome, response FROM idempotency_begin('t', 'a', 'k', '{"a": 2}');
+-- nor can what was replayed
+BEGIN;
+SELECT outcome FROM idempotency_begin('t', 'a', 'k');
+SELECT idempotency_release('t', 'a', 'k');
+COMMIT;
+SELECT outcome, response FROM idempotency_begin('t', 'a', 'k', '{"a": 2}');
+TRUNCATE idempotency_key;
+
+-- with an actor
+BEGIN;
+SELECT outcome FROM idempotency_begin('t', 'a', 'k', actor => 'user 1');
+SELECT idempotency_release('t', 'a', 'k');
+SELECT idempotency_release('t', 'a', 'k', 'user 1');
+COMMIT;
+
+-- an expired record is left as it was
+BEGIN;
+SELECT outcome FROM idempotency_begin('t', 'a', 'old');
+SELECT idempotency_finish('t', 'a', 'old', 200, '"old"');
+COMMIT;
+UPDATE idempotency_key SET expires_at = created_at;
+BEGIN;
+SELECT outcome FROM idempotency_begin('t', 'a', 'old');
+SELECT idempotency_release('t', 'a', 'old');
+COMMIT;
+SELECT key, response FROM idempotency_key;
+
+-- in a savepoint that is rolled back: the claim is held again
+BEGIN;
+SELECT outcome FROM idempotency_begin('t', 'a', 'k');
+SAVEPOINT s;
+SELECT idempotency_release('t', 'a', 'k');
+-- its lock is kept as long as that can happen
+SELECT locks();
+SELECT idempotency_release('t', 'a', 'k');
+ROLLBACK TO s;
+SELECT idempotency_begin('t', 'a', 'k');
+\echo :SQLSTATE
+ROLLBACK TO s;
+SELECT idempotency_release('t', 'a', 'k');
+RELEASE s;
+COMMIT;
+-- begun and released in a savepoint
+BEGIN;
+SAVEPOINT s;
+SELECT outcome FROM idempotency_begin('t', 'a', 'k');
+SELECT idempotency_release('t', 'a', 'k');
+SELECT locks();
+ROLLBACK TO s;
+SELECT idempotency_release('t', 'a', 'k');
+COMMIT;
+-- begun in a savepoint, released after it
+BEGIN;
+SAVEPOINT s;
+SELECT outcome FROM idempotency_begin('t', 'a', 'k');
+RELEASE s;
+SELECT idempotency_release('t', 'a', 'k');
+SELECT locks();
+COMMIT;
+
+DROP FUNCTION locks;
+DROP EXTENSION idempotency;

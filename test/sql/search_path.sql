@@ -1,0 +1,112 @@
+--
+-- A hostile search_path: objects with our names and operators of our types
+--
+\set SHOW_CONTEXT never
+
+CREATE SCHEMA evil;
+CREATE SCHEMA idem;
+CREATE ROLE regress_idempotency_app;
+GRANT USAGE ON SCHEMA evil, idem TO regress_idempotency_app;
+
+CREATE FUNCTION evil.trap(text, text) RETURNS boolean LANGUAGE plpgsql IMMUTABLE AS
+$$ BEGIN RAISE EXCEPTION 'trapped: text'; END $$;
+CREATE FUNCTION evil.trap(timestamptz, timestamptz) RETURNS boolean LANGUAGE plpgsql IMMUTABLE AS
+$$ BEGIN RAISE EXCEPTION 'trapped: timestamptz'; END $$;
+CREATE FUNCTION evil.trap(int, int) RETURNS boolean LANGUAGE plpgsql IMMUTABLE AS
+$$ BEGIN RAISE EXCEPTION 'trapped: int'; END $$;
+CREATE FUNCTION evil.trap(bytea, bytea) RETURNS boolean LANGUAGE plpgsql IMMUTABLE AS
+$$ BEGIN RAISE EXCEPTION 'trapped: bytea'; END $$;
+DO $$
+DECLARE
+    operator text;
+    type text;
+BEGIN
+    FOREACH operator IN ARRAY '{=,<>,<,<=,>,>=}'::text[] LOOP
+        FOREACH type IN ARRAY '{text,timestamptz,int,bytea}'::text[] LOOP
+            EXECUTE format('CREATE OPERATOR evil.%s (FUNCTION = evil.trap, LEFTARG = %s, RIGHTARG = %2$s)', operator, type);
+        END LOOP;
+    END LOOP;
+END $$;
+CREATE FUNCTION evil.clock_timestamp() RETURNS timestamptz LANGUAGE plpgsql AS
+$$ BEGIN RAISE EXCEPTION 'trapped: clock_timestamp'; END $$;
+CREATE FUNCTION evil.sha256(bytea) RETURNS bytea LANGUAGE plpgsql AS
+$$ BEGIN RAISE EXCEPTION 'trapped: sha256'; END $$;
+CREATE FUNCTION evil.texteq(text, text) RETURNS boolean LANGUAGE plpgsql AS
+$$ BEGIN RAISE EXCEPTION 'trapped: texteq'; END $$;
+CREATE FUNCTION evil.idempotency_in_flight() RETURNS int LANGUAGE plpgsql AS
+$$ BEGIN RAISE EXCEPTION 'trapped: idempotency_in_flight'; END $$;
+CREATE FUNCTION evil.idempotency_request_hash(jsonb) RETURNS bytea LANGUAGE plpgsql AS
+$$ BEGIN RAISE EXCEPTION 'trapped: idempotency_request_hash'; END $$;
+CREATE TYPE evil.idempotency_state AS ENUM ('completed', 'evil');
+CREATE TYPE evil.idempotency_result AS (evil int);
+CREATE TABLE evil.idempotency_key (tenant text PRIMARY KEY, evil int);
+CREATE DOMAIN evil.timestamptz AS int;
+CREATE DOMAIN evil.jsonb AS int;
+GRANT ALL ON ALL TABLES IN SCHEMA evil TO PUBLIC;
+
+-- the traps work
+SET search_path = evil, pg_catalog, idem;
+SELECT 'a'::text = 'a'::text;
+SELECT 1 < 2;
+
+-- the extension is made of what it means, also when it is created like this
+CREATE EXTENSION idempotency SCHEMA idem;
+RESET search_path;
+SELECT pg_describe_object(classid, objid, objsubid) AS object,
+       pg_describe_object(refclassid, refobjid, refobjsubid) AS depends_on
+FROM pg_depend d
+WHERE pg_describe_object(d.refclassid, d.refobjid, d.refobjsubid) LIKE '%evil%'
+  AND pg_describe_object(classid, objid, objsubid) LIKE '%idem.%';
+GRANT EXECUTE ON ALL FUNCTIONS IN SCHEMA idem TO regress_idempotency_app;
+GRANT EXECUTE ON ALL PROCEDURES IN SCHEMA idem TO regress_idempotency_app;
+GRANT SELECT ON idem.idempotency_in_flight TO regress_idempotency_app;
+
+-- and does what it means, for a role without rights
+SET ROLE regress_idempotency_app;
+CREATE TEMP TABLE idempotency_key (tenant text PRIMARY KEY, evil int);
+CREATE TYPE pg_temp.idempotency_result AS (evil int);
+SET search_path = pg_temp, evil, pg_catalog, idem;
+BEGIN;
+SELECT outcome, attempt FROM idem.idempotency_begin('t', 'a', 'k', '{"b": 1, "a": [2, "x"]}', 'user', '10 min', '1 s');
+SELECT outcome FROM idem.idempotency_try_begin('t', 'a', 'k2', request_hash => '\x00112233445566778899aabbccddeeff');
+SELECT key, attempt FROM idem.idempotency_in_flight ORDER BY key;
+SELECT idem.idempotency_finish('t', 'a', 'k', 201, '{"x":1}', '{"h": "1"}', 'user');
+SELECT idem.idempotency_finish('t', 'a', 'k2', 404, body => '\x00ff');
+SELECT outcome, response FROM idem.idempotency_begin('t', 'a', 'k', '{"a": [2, "x"], "b": 1.0}', 'user');
+COMMIT;
+SELECT outcome, status_code, response, headers FROM idem.idempotency_begin('t', 'a', 'k', '{"a": [2, "x"], "b": 1.0}', 'user');
+SELECT outcome, status_code, body FROM idem.idempotency_replay('t', 'a', 'k2', request_hash => '\x00112233445566778899aabbccddeeff');
+SELECT outcome FROM idem.idempotency_try_begin('t', 'a', 'k', '{}', 'user');
+BEGIN;
+SELECT outcome FROM idem.idempotency_begin('t', 'a', 'k3');
+SELECT idem.idempotency_release('t', 'a', 'k3');
+COMMIT;
+SELECT pg_catalog.octet_length(idem.idempotency_request_hash('{"z": 1, "a": "b"}'));
+CALL idem.idempotency_sweep();
+-- a search_path with nothing in it
+SET search_path = '';
+SELECT outcome, status_code FROM idem.idempotency_begin('t', 'a', 'k', '{"a": [2, "x"], "b": 1.0}', 'user');
+RESET ROLE;
+RESET search_path;
+
+-- it was all written where it belongs
+SELECT tenant, action, key, actor, state, status_code FROM idem.idempotency_key ORDER BY key;
+SELECT count(*) FROM evil.idempotency_key;
+UPDATE idem.idempotency_key SET expires_at = created_at;
+SET ROLE regress_idempotency_app;
+SET search_path = pg_temp, evil, pg_catalog, idem;
+BEGIN;
+SELECT outcome FROM idem.idempotency_begin('t', 'a', 'k', '{"a": 3}', 'user');
+SELECT idem.idempotency_finish('t', 'a', 'k', actor => 'user');
+COMMIT;
+CALL idem.idempotency_sweep();
+RESET ROLE;
+RESET search_path;
+SELECT key FROM idem.idempotency_key;
+
+\c -
+SET client_min_messages = warning;
+DROP EXTENSION idempotency;
+DROP SCHEMA evil CASCADE;
+DROP SCHEMA idem;
+DROP ROLE regress_idempotency_app;

@@ -1,0 +1,228 @@
+--
+-- Sweep: giving back the space of expired records
+--
+CREATE EXTENSION idempotency;
+-- so that a failure cannot become a wait without end
+SET statement_timeout = '2min';
+\set SHOW_CONTEXT never
+
+-- makes n records of an action
+CREATE FUNCTION add_records(action text, n int) RETURNS bigint
+LANGUAGE sql VOLATILE AS $$
+    SELECT count(*) FROM generate_series(1, n) i, idempotency_begin('t', action, 'k' || i);
+    SELECT count(*) FROM generate_series(1, n) i,
+        idempotency_finish('t', action, 'k' || i, CASE WHEN i % 2 = 0 THEN 200 ELSE 404 END, to_json(i));
+$$;
+
+-- nothing to do
+CALL idempotency_sweep();
+
+-- expired records only, completed and errored
+SELECT add_records('old', 25);
+UPDATE idempotency_key SET expires_at = created_at;
+SELECT add_records('new', 10);
+CALL idempotency_sweep();
+SELECT action, count(*) FROM idempotency_key GROUP BY action;
+CALL idempotency_sweep();
+-- a moment is enough, and a moment more is too much
+UPDATE idempotency_key SET expires_at = clock_timestamp() WHERE key = 'k1';
+UPDATE idempotency_key SET expires_at = clock_timestamp() + interval '1 hour' WHERE key <> 'k1';
+CALL idempotency_sweep();
+SELECT count(*) FROM idempotency_key;
+TRUNCATE idempotency_key;
+
+-- batches of every size sweep the same
+SELECT add_records('old', 25);
+UPDATE idempotency_key SET expires_at = created_at;
+CALL idempotency_sweep(1);
+SELECT add_records('old', 25);
+UPDATE idempotency_key SET expires_at = created_at;
+CALL idempotency_sweep(7);
+SELECT add_records('old', 25);
+-- as many to a batch as there are, one more and one less; all expire at once
+UPDATE idempotency_key SET expires_at = '2020-01-01';
+CALL idempotency_sweep(24);
+SELECT add_records('old', 25);
+UPDATE idempotency_key SET expires_at = '2020-01-01';
+CALL idempotency_sweep(25);
+SELECT add_records('old', 25);
+UPDATE idempotency_key SET expires_at = '-infinity';
+CALL idempotency_sweep(26);
+SELECT add_records('old', 25);
+UPDATE idempotency_key SET expires_at = created_at;
+SET idempotency.sweep_batch_size = 2;
+CALL idempotency_sweep();
+RESET idempotency.sweep_batch_size;
+SELECT add_records('old', 25);
+UPDATE idempotency_key SET expires_at = created_at;
+CALL idempotency_sweep(batch_size => 1000000, max_duration => '1 hour');
+SELECT count(*) FROM idempotency_key;
+
+-- each batch is a transaction of its own
+SELECT add_records('old', 60);
+UPDATE idempotency_key SET expires_at = created_at;
+SELECT pg_current_xact_id()::text AS before \gset
+CALL idempotency_sweep(1);
+SELECT pg_current_xact_id()::text::bigint - :before > 60 AS transactions;
+
+-- by position and by name, and from PL/pgSQL
+SELECT add_records('old', 3);
+UPDATE idempotency_key SET expires_at = created_at;
+CALL idempotency_sweep(NULL, NULL, NULL);
+SELECT add_records('old', 3);
+UPDATE idempotency_key SET expires_at = created_at;
+DO $$
+DECLARE
+    swept bigint;
+BEGIN
+    CALL idempotency_sweep(2, interval '1 day', swept);
+    RAISE NOTICE 'swept %', swept;
+    CALL idempotency_sweep(2, NULL, swept);
+    RAISE NOTICE 'swept %', swept;
+END $$;
+
+--
+-- Errors
+--
+CALL idempotency_sweep(0);
+\echo :SQLSTATE
+CALL idempotency_sweep(-1);
+\echo :SQLSTATE
+CALL idempotency_sweep(1000001);
+\echo :SQLSTATE
+CALL idempotency_sweep(max_duration => '0');
+\echo :SQLSTATE
+CALL idempotency_sweep(max_duration => '-1 s');
+\echo :SQLSTATE
+CALL idempotency_sweep(max_duration => '-178000000 years');
+\echo :SQLSTATE
+CALL idempotency_sweep(max_duration => '178000000 years');
+-- it commits, so it cannot be part of a transaction
+BEGIN;
+CALL idempotency_sweep();
+\echo :SQLSTATE
+ROLLBACK;
+BEGIN;
+DO $$
+DECLARE
+    swept bigint;
+BEGIN
+    CALL idempotency_sweep(NULL, NULL, swept);
+END $$;
+\echo :SQLSTATE
+ROLLBACK;
+CREATE FUNCTION sweep_in_function() RETURNS bigint LANGUAGE plpgsql AS $$
+DECLARE
+    swept bigint;
+BEGIN
+    CALL idempotency_sweep(NULL, NULL, swept);
+    RETURN swept;
+END $$;
+SELECT sweep_in_function();
+\echo :SQLSTATE
+DROP FUNCTION sweep_in_function;
+DO $$
+DECLARE
+    swept bigint;
+BEGIN
+    CALL idempotency_sweep(NULL, NULL, swept);
+EXCEPTION WHEN OTHERS THEN
+    RAISE NOTICE '%', SQLSTATE;
+END $$;
+-- so it cannot leave a claim unfinished, either
+DO $$
+DECLARE
+    swept bigint;
+BEGIN
+    PERFORM idempotency_begin('t', 'claim', 'k');
+    CALL idempotency_sweep(NULL, NULL, swept);
+END $$;
+\echo :SQLSTATE
+
+--
+-- What a sweep passes over, without waiting
+--
+-- an expired record whose scope is claimed
+SELECT add_records('old', 5);
+UPDATE idempotency_key SET expires_at = created_at;
+SET idempotency.commit_guard = off;
+BEGIN;
+SELECT outcome FROM idempotency_begin('t', 'old', 'k3');
+PREPARE TRANSACTION 'claimed';
+RESET idempotency.commit_guard;
+CALL idempotency_sweep();
+SELECT key FROM idempotency_key;
+ROLLBACK PREPARED 'claimed';
+CALL idempotency_sweep();
+-- one that finish has replaced, with the commit still to come
+SELECT add_records('old', 5);
+UPDATE idempotency_key SET expires_at = created_at;
+BEGIN;
+SELECT outcome FROM idempotency_begin('t', 'old', 'k3');
+SELECT idempotency_finish('t', 'old', 'k3', 200, '"new"');
+PREPARE TRANSACTION 'finished';
+CALL idempotency_sweep(1);
+SELECT key, response FROM idempotency_key;
+COMMIT PREPARED 'finished';
+SELECT key, response FROM idempotency_key;
+SELECT outcome, response FROM idempotency_begin('t', 'old', 'k3');
+CALL idempotency_sweep();
+TRUNCATE idempotency_key;
+-- one that somebody has locked
+SELECT add_records('old', 5);
+UPDATE idempotency_key SET expires_at = created_at;
+BEGIN;
+SELECT key FROM idempotency_key WHERE key IN ('k1', 'k5') ORDER BY key FOR UPDATE;
+PREPARE TRANSACTION 'locked';
+CALL idempotency_sweep(1);
+SELECT key FROM idempotency_key ORDER BY key;
+COMMIT PREPARED 'locked';
+CALL idempotency_sweep();
+SELECT count(*) FROM idempotency_key;
+-- one that is pending, which nobody finished
+INSERT INTO idempotency_key (tenant, action, key, actor, state, attempt, created_at, expires_at)
+VALUES ('t', 'old', 'pending', '', 'pending', 1, now() - interval '2 days', now() - interval '1 day');
+SELECT add_records('old', 3);
+UPDATE idempotency_key SET expires_at = created_at;
+CALL idempotency_sweep();
+SELECT key FROM idempotency_key;
+TRUNCATE idempotency_key;
+
+-- a claim on another scope is no hindrance
+SELECT add_records('old', 5);
+UPDATE idempotency_key SET expires_at = created_at;
+BEGIN;
+SELECT outcome FROM idempotency_begin('t', 'other', 'k1');
+SELECT idempotency_finish('t', 'other', 'k1');
+PREPARE TRANSACTION 'other';
+CALL idempotency_sweep();
+ROLLBACK PREPARED 'other';
+
+-- a sweep changes no setting of its session
+SHOW synchronous_commit;
+
+-- large answers are swept with all that belongs to them
+SELECT outcome, idempotency_finish('t', 'large', 'k' || left(outcome, 0), 200,
+                                   body => (SELECT string_agg(sha256(i::text::bytea), '') FROM generate_series(1, 5000) i))
+FROM idempotency_begin('t', 'large', 'k');
+CREATE FUNCTION chunks() RETURNS bigint LANGUAGE plpgsql AS $$
+DECLARE
+    result bigint;
+BEGIN
+    EXECUTE (SELECT format('SELECT count(*) FROM %s', reltoastrelid::regclass)
+             FROM pg_class WHERE oid = 'idempotency_key'::regclass) INTO result;
+    RETURN result;
+END $$;
+SELECT chunks() > 50 AS out_of_line;
+UPDATE idempotency_key SET expires_at = created_at;
+CALL idempotency_sweep();
+SELECT chunks();
+
+-- a row that these functions did not write, for a scope that cannot be
+INSERT INTO idempotency_key (tenant, action, key, actor, state, attempt, created_at, expires_at)
+SELECT repeat('t', n), 'long', 'k', '', 'completed', 1, now(), now() - interval '1 day'
+FROM unnest('{300,255}'::int[]) n;
+CALL idempotency_sweep();
+
+DROP FUNCTION add_records, chunks;
+DROP EXTENSION idempotency;

@@ -1,0 +1,94 @@
+--
+-- A role that the administrator pinned to one tenant
+--
+CREATE EXTENSION idempotency;
+CREATE ROLE regress_idempotency_pinned LOGIN;
+GRANT EXECUTE ON FUNCTION idempotency_begin, idempotency_try_begin, idempotency_finish,
+    idempotency_replay, idempotency_release TO regress_idempotency_pinned;
+ALTER ROLE regress_idempotency_pinned SET idempotency.tenant = 'acme';
+
+-- an answer of another tenant, and one of none
+BEGIN;
+SELECT outcome FROM idempotency_begin('other', 'a', 'k');
+SELECT idempotency_finish('other', 'a', 'k', 200, '"of another tenant"');
+SELECT outcome FROM idempotency_begin(NULL, 'a', 'k');
+SELECT idempotency_finish(NULL, 'a', 'k', 200, '"of no tenant"');
+COMMIT;
+
+SELECT current_user AS administrator \gset
+\c - regress_idempotency_pinned
+SHOW idempotency.tenant;
+BEGIN;
+SELECT outcome FROM idempotency_begin('acme', 'a', 'k');
+SELECT idempotency_finish('acme', 'a', 'k', 200, '"own"');
+COMMIT;
+SELECT outcome, response FROM idempotency_begin('acme', 'a', 'k');
+
+-- no call reaches another tenant
+SELECT idempotency_begin('other', 'a', 'k');
+\echo :SQLSTATE
+SELECT idempotency_try_begin('other', 'a', 'k');
+\echo :SQLSTATE
+SELECT idempotency_finish('other', 'a', 'k');
+\echo :SQLSTATE
+SELECT idempotency_replay('other', 'a', 'k');
+\echo :SQLSTATE
+SELECT idempotency_release('other', 'a', 'k');
+\echo :SQLSTATE
+-- nor the global one, nor one with a name that is nearly the same
+SELECT idempotency_begin(NULL, 'a', 'k');
+\echo :SQLSTATE
+SELECT idempotency_begin('', 'a', 'k');
+\echo :SQLSTATE
+SELECT idempotency_begin('acm', 'a', 'k');
+\echo :SQLSTATE
+SELECT idempotency_begin('acme2', 'a', 'k');
+\echo :SQLSTATE
+SELECT idempotency_begin('ACME', 'a', 'k');
+\echo :SQLSTATE
+
+-- the role cannot pull the pin
+SET idempotency.tenant = 'other';
+\echo :SQLSTATE
+SET SESSION idempotency.tenant = '';
+\echo :SQLSTATE
+SELECT set_config('idempotency.tenant', 'other', false);
+\echo :SQLSTATE
+RESET idempotency.tenant;
+\echo :SQLSTATE
+ALTER ROLE regress_idempotency_pinned SET idempotency.tenant = 'other';
+\echo :SQLSTATE
+ALTER ROLE regress_idempotency_pinned RESET idempotency.tenant;
+\echo :SQLSTATE
+UPDATE pg_settings SET setting = 'other' WHERE name = 'idempotency.tenant';
+\echo :SQLSTATE
+CREATE FUNCTION pg_temp.unpinned() RETURNS text LANGUAGE sql SET idempotency.tenant = 'other' AS
+$$ SELECT response::text FROM idempotency_replay('other', 'a', 'k') $$;
+\echo :SQLSTATE
+-- these are allowed, and change nothing
+ALTER ROLE regress_idempotency_pinned RESET ALL;
+RESET ALL;
+DISCARD ALL;
+SHOW idempotency.tenant;
+SELECT idempotency_replay('other', 'a', 'k');
+\echo :SQLSTATE
+\c - regress_idempotency_pinned
+SHOW idempotency.tenant;
+SELECT idempotency_replay('other', 'a', 'k');
+\echo :SQLSTATE
+
+-- the administrator is not pinned, and can pin a session
+\c - :administrator
+SELECT outcome, response FROM idempotency_replay('other', 'a', 'k');
+SET idempotency.tenant = 'other';
+SELECT outcome, response FROM idempotency_replay('other', 'a', 'k');
+SELECT idempotency_replay('acme', 'a', 'k');
+\echo :SQLSTATE
+-- a pin is compared as it is
+SET idempotency.tenant = '%';
+SELECT idempotency_replay('other', 'a', 'k');
+\echo :SQLSTATE
+RESET idempotency.tenant;
+
+DROP EXTENSION idempotency;
+DROP ROLE regress_idempotency_pinned;
