@@ -86,6 +86,7 @@ static Relation look_up_catalog(LOCKMODE lockmode);
 static Oid	find_table(Oid *schema);
 static Oid	find_type(const char *name, Oid schema);
 static void check_shape(Relation rel, Oid state_type);
+static void refuse_shape(Relation rel) pg_attribute_noreturn();
 static void check_primary_key(Relation rel);
 static Oid	find_expiry_index(Relation rel);
 static void refuse_triggers(Relation rel);
@@ -389,9 +390,13 @@ look_up_catalog(LOCKMODE lockmode)
 	catalog.table = table;
 	catalog.result_type = find_type(RESULT_TYPE, schema);
 	for (int i = 0; i < RECORD_STATES; i++)
+	{
 		catalog.states[i] = GetSysCacheOid2(ENUMTYPOIDNAME, Anum_pg_enum_oid,
 											ObjectIdGetDatum(state_type),
 											CStringGetDatum(state_labels[i]));
+		if (!OidIsValid(catalog.states[i]))
+			refuse_shape(rel);
+	}
 	catalog.valid = true;
 
 	return rel;
@@ -453,11 +458,17 @@ check_shape(Relation rel, Oid state_type)
 		matches = TupleDescAttr(desc, i)->attisdropped;
 
 	if (!matches)
-		ereport(ERROR,
-				(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
-				 errmsg("table \"%s\" is not the one that the loaded library was made for",
-						RelationGetRelationName(rel)),
-				 errhint("Run ALTER EXTENSION idempotency UPDATE, and undo changes to the columns of the table.")));
+		refuse_shape(rel);
+}
+
+static void
+refuse_shape(Relation rel)
+{
+	ereport(ERROR,
+			(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
+			 errmsg("table \"%s\" is not the one that the loaded library was made for",
+					RelationGetRelationName(rel)),
+			 errhint("Run ALTER EXTENSION idempotency UPDATE, and undo changes to the table and its types.")));
 }
 
 /*

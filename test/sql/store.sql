@@ -294,6 +294,15 @@ SELECT idempotency_replay('t', 'a', 'k1');
 ALTER TABLE idempotency_key ALTER COLUMN key TYPE text COLLATE "C";
 SELECT run('k8');
 
+-- a state less, as a session sees it that starts now
+ALTER TYPE idempotency_state RENAME VALUE 'completed' TO 'done';
+\c
+\set SHOW_CONTEXT never
+SELECT run('k9');
+\echo :SQLSTATE
+ALTER TYPE idempotency_state RENAME VALUE 'done' TO 'completed';
+SELECT run('k9');
+
 -- another result
 ALTER TYPE idempotency_result ADD ATTRIBUTE note text;
 SELECT idempotency_begin('t', 'a', 'k8');
