@@ -37,4 +37,10 @@ PG_CONFIG ?= pg_config
 PGXS := $(shell $(PG_CONFIG) --pgxs)
 include $(PGXS)
 
+# Before PostgreSQL 16 all symbols of a library are visible to others; make sure
+# that ours are taken for ourselves.
+ifeq ($(PORTNAME), linux)
+SHLIB_LINK += -Wl,-Bsymbolic
+endif
+
 $(OBJS): $(wildcard src/*.h)

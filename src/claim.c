@@ -41,6 +41,7 @@
 #include "access/xact.h"
 #include "claim.h"
 #include "in_flight.h"
+#include "miscadmin.h"
 #include "storage/proc.h"
 #include "utils/builtins.h"
 #include "utils/guc.h"
@@ -97,7 +98,7 @@ ClaimWaitLock(const LOCKTAG *locktag, int wait_ms)
 {
 	MemoryContext oldcontext = CurrentMemoryContext;
 	ResourceOwner oldowner = CurrentResourceOwner;
-	bool		use_timeout = (LockTimeout == 0 || wait_ms < LockTimeout);
+	bool		use_timeout = (LockTimeout == 0 || wait_ms <= LockTimeout);
 	ErrorData  *volatile edata = NULL;
 
 	BeginInternalSubTransaction(NULL);
@@ -406,5 +407,9 @@ wait_with_timeout(const LOCKTAG *locktag, int wait_ms)
 							 PGC_USERSET, PGC_S_SESSION,
 							 GUC_ACTION_SAVE, true, 0, false);
 	acquire_lock(locktag, false);
+
+	/* the time may have run out in the moment in which the lock was granted */
+	CHECK_FOR_INTERRUPTS();
+
 	AtEOXact_GUC(true, nest_level);
 }

@@ -223,6 +223,8 @@ write_container(FormWriter *writer, JsonbContainer *container)
 	}
 	else
 		write_array(writer, &it, value.val.array.nElems);
+
+	pfree(it);
 }
 
 static void

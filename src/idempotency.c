@@ -277,8 +277,9 @@ define_administrator_settings(void)
 }
 
 /*
- * What sizes shared memory exists only where there is shared memory to size:
- * the library must be preloaded.
+ * What sizes shared memory has an effect only when the library is preloaded.
+ * Otherwise it is accepted all the same, so that a configuration file that has
+ * it is no reason to warn each client.
  *
  * A partitioned hash table has 32 free lists with an entry each at least, so
  * that less than that could not be kept to.
@@ -286,14 +287,12 @@ define_administrator_settings(void)
 static void
 define_server_settings(void)
 {
-	if (!process_shared_preload_libraries_in_progress)
-		return;
-
 	DefineCustomIntVariable("idempotency.max_tracked_claims",
 							"Sets how many claims in flight can be described in shared memory.",
 							"Claims beyond it are as safe, but repeats learn less about them.",
 							&idempotency_max_tracked_claims,
 							1024, 32, 1024 * 1024,
-							PGC_POSTMASTER, 0,
+							process_shared_preload_libraries_in_progress ?
+							PGC_POSTMASTER : PGC_SIGHUP, 0,
 							NULL, NULL, NULL);
 }

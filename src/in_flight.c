@@ -17,9 +17,9 @@
  *
  * A prepared transaction has no process, and no code of ours runs when it is
  * resolved.  Its entries stay behind, with its transaction ID, and are stale
- * once that is not in progress any more.  Readers pass over a stale entry, the
- * next claim on the scope takes it over, and when the table is full all of them
- * are thrown out.
+ * once that is not in progress any more.  The next claim on the scope takes over
+ * a stale entry, and all of them are thrown out when somebody looks at the whole
+ * table, or finds it full.
  *
  * The table is a partitioned hash table like that of the lock manager: a
  * backend takes one of NUM_PARTITIONS locks for an entry, and all of them, in
@@ -29,7 +29,6 @@
  */
 #include "idempotency.h"
 
-#include "access/transam.h"
 #include "access/xact.h"
 #include "funcapi.h"
 #include "in_flight.h"
@@ -61,6 +60,7 @@ enum
 typedef struct InFlightState
 {
 	pg_atomic_uint64 untracked; /* claims that found the table full */
+	pg_atomic_uint32 prepared;	/* entries of prepared transactions */
 } InFlightState;
 
 static Size in_flight_size(void);
@@ -71,6 +71,7 @@ static void lock_all_partitions(LWLockMode mode);
 static void unlock_all_partitions(void);
 static bool is_stale(const InFlightClaim *claim);
 static void remove_stale_claims(void);
+static void forget_prepared(const InFlightClaim *entry);
 static void put_claim(ReturnSetInfo *rsinfo, const InFlightClaim *claim);
 
 PG_FUNCTION_INFO_V1(idempotency_in_flight);
@@ -111,6 +112,7 @@ InFlightTrack(const LOCKTAG *locktag, const ScopeName *name,
 {
 	uint32		hash;
 	InFlightClaim *entry = NULL;
+	bool		found;
 
 	if (claims == NULL)
 		return false;
@@ -120,7 +122,7 @@ InFlightTrack(const LOCKTAG *locktag, const ScopeName *name,
 	{
 		LWLockAcquire(partition_lock(hash), LW_EXCLUSIVE);
 		entry = hash_search_with_hash_value(claims, locktag, hash,
-											HASH_ENTER_NULL, NULL);
+											HASH_ENTER_NULL, &found);
 		if (entry != NULL)
 			break;
 		LWLockRelease(partition_lock(hash));
@@ -134,8 +136,10 @@ InFlightTrack(const LOCKTAG *locktag, const ScopeName *name,
 		return false;
 	}
 
+	if (found)
+		forget_prepared(entry);
 	entry->pid = MyProcPid;
-	entry->prepared_xid = InvalidTransactionId;
+	entry->prepared_xid = InvalidFullTransactionId;
 	entry->started_at = started_at;
 	entry->fingerprint = *fingerprint;
 	memcpy(&entry->name, name, SizeOfScopeName(name));
@@ -168,10 +172,11 @@ InFlightPrepare(const LOCKTAG *locktag)
 
 	LWLockAcquire(partition_lock(hash), LW_EXCLUSIVE);
 	entry = hash_search_with_hash_value(claims, locktag, hash, HASH_FIND, NULL);
-	if (entry != NULL)
+	if (entry != NULL && entry->pid != 0)
 	{
 		entry->pid = 0;
-		entry->prepared_xid = GetTopTransactionId();
+		entry->prepared_xid = GetTopFullTransactionId();
+		pg_atomic_fetch_add_u32(&state->prepared, 1);
 	}
 	LWLockRelease(partition_lock(hash));
 }
@@ -222,6 +227,8 @@ idempotency_in_flight(PG_FUNCTION_ARGS)
 	if (claims == NULL)
 		return (Datum) 0;
 
+	remove_stale_claims();
+
 	/* Copy under the locks; what is slower comes after */
 	lock_all_partitions(LW_SHARED);
 	copies = MemoryContextAllocHuge(CurrentMemoryContext,
@@ -236,10 +243,7 @@ idempotency_in_flight(PG_FUNCTION_ARGS)
 	unlock_all_partitions();
 
 	for (int i = 0; i < count; i++)
-	{
-		if (!is_stale(&copies[i]))
-			put_claim((ReturnSetInfo *) fcinfo->resultinfo, &copies[i]);
-	}
+		put_claim((ReturnSetInfo *) fcinfo->resultinfo, &copies[i]);
 
 	return (Datum) 0;
 }
@@ -262,6 +266,7 @@ idempotency_tracking(PG_FUNCTION_ARGS)
 
 	if (claims != NULL)
 	{
+		remove_stale_claims();
 		values[0] = Int32GetDatum(idempotency_max_tracked_claims);
 		values[1] = Int32GetDatum((int32) hash_get_num_entries(claims));
 		values[2] = Int64GetDatum((int64) pg_atomic_read_u64(&state->untracked));
@@ -308,7 +313,10 @@ startup_shmem(void)
 
 	state = ShmemInitStruct("idempotency state", sizeof(InFlightState), &found);
 	if (!found)
+	{
 		pg_atomic_init_u64(&state->untracked, 0);
+		pg_atomic_init_u32(&state->prepared, 0);
+	}
 
 	info.keysize = sizeof(LOCKTAG);
 	info.entrysize = sizeof(InFlightClaim);
@@ -350,12 +358,22 @@ unlock_all_partitions(void)
 static bool
 is_stale(const InFlightClaim *claim)
 {
-	return TransactionIdIsValid(claim->prepared_xid) &&
-		!TransactionIdIsInProgress(claim->prepared_xid);
+	uint64		age;
+
+	if (!FullTransactionIdIsValid(claim->prepared_xid))
+		return false;
+
+	/* so old that its number may have been given out again */
+	age = U64FromFullTransactionId(ReadNextFullTransactionId()) -
+		U64FromFullTransactionId(claim->prepared_xid);
+	if (age > PG_INT32_MAX)
+		return true;
+
+	return !TransactionIdIsInProgress(XidFromFullTransactionId(claim->prepared_xid));
 }
 
 /*
- * Make room in a full table.
+ * Throw out what is left over from prepared transactions, if there can be any.
  */
 static void
 remove_stale_claims(void)
@@ -363,14 +381,31 @@ remove_stale_claims(void)
 	HASH_SEQ_STATUS seq;
 	InFlightClaim *entry;
 
+	if (pg_atomic_read_u32(&state->prepared) == 0)
+		return;
+
 	lock_all_partitions(LW_EXCLUSIVE);
 	hash_seq_init(&seq, claims);
 	while ((entry = hash_seq_search(&seq)) != NULL)
 	{
 		if (is_stale(entry))
+		{
+			forget_prepared(entry);
 			hash_search(claims, &entry->locktag, HASH_REMOVE, NULL);
+		}
 	}
 	unlock_all_partitions();
+}
+
+/*
+ * An entry is about to be removed or overwritten, so do not count it any more
+ * if it is one of a prepared transaction.
+ */
+static void
+forget_prepared(const InFlightClaim *entry)
+{
+	if (FullTransactionIdIsValid(entry->prepared_xid))
+		pg_atomic_fetch_sub_u32(&state->prepared, 1);
 }
 
 /*

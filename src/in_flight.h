@@ -10,6 +10,7 @@
 
 #include "postgres.h"
 
+#include "access/transam.h"
 #include "datatype/timestamp.h"
 #include "fingerprint.h"
 #include "scope.h"
@@ -19,7 +20,7 @@ typedef struct InFlightClaim
 {
 	LOCKTAG		locktag;		/* hash key */
 	int			pid;			/* holder, 0 for a prepared transaction */
-	TransactionId prepared_xid; /* of that, else invalid */
+	FullTransactionId prepared_xid; /* of that, else invalid */
 	TimestampTz started_at;
 	Fingerprint fingerprint;
 	ScopeName	name;

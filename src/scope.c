@@ -57,7 +57,10 @@ ScopeFromArguments(Scope *scope, FunctionCallInfo fcinfo, int actor_argument)
 	parts[SCOPE_ACTOR] = read_argument(fcinfo, actor_argument);
 
 	for (int i = 0; i < SCOPE_PARTS; i++)
+	{
 		part[i] = DatumGetTextPP(parts[i]);
+		parts[i] = PointerGetDatum(part[i]);
+	}
 
 	check_tenant(VARDATA_ANY(part[SCOPE_TENANT]),
 				 VARSIZE_ANY_EXHDR(part[SCOPE_TENANT]));

@@ -26,14 +26,14 @@
  * Snapshots.  Who claims a request must have seen every record that was
  * committed before the lock of its scope was got, at every isolation level, or
  * the work would be done twice.  So a lookup uses a new snapshot, not that of the
- * transaction.  In a
- * serializable transaction a scan with a snapshot would also take predicate
- * locks on whole index pages, and requests with neighboring keys would fail each
- * other.  That only one transaction at a time works on a scope is known from its
- * lock and from the unique index, so the scan there reads all versions of a row
- * (SnapshotAny) and picks the one that is in the new snapshot.  What is then
- * left to check is that the record is in the snapshot that the transaction's
- * other reads had, and if it is not, the transaction cannot be serialized.
+ * transaction.  In a serializable transaction a scan with a snapshot would also
+ * take predicate locks on whole index pages, and requests with neighboring keys
+ * would fail each other.  That only one transaction at a time works on a scope is
+ * known from its lock and from the unique index, so the scan there reads all
+ * versions of a row (SnapshotAny) and picks the one that is in the new snapshot.
+ * What is then left to check is that the record is in the snapshot that the
+ * transaction's other reads had, and if it is not, the transaction cannot be
+ * serialized.
  *
  * The unique index decides.  Whatever became of the lock, of two transactions
  * that insert a record for one scope the second waits in the index for the
@@ -86,7 +86,7 @@ static Relation look_up_catalog(LOCKMODE lockmode);
 static Oid	find_table(Oid *schema);
 static Oid	find_type(const char *name, Oid schema);
 static void check_shape(Relation rel, Oid state_type);
-static void refuse_shape(Relation rel) pg_attribute_noreturn();
+static void refuse_shape(Relation rel);
 static void check_primary_key(Relation rel);
 static Oid	find_expiry_index(Relation rel);
 static void refuse_triggers(Relation rel);
@@ -223,8 +223,8 @@ StoreFind(Store *store, const Scope *scope, TimestampTz now, Record *record)
 bool
 StoreIsCurrent(const Store *store)
 {
-	return store->snapshot_age != 0 &&
-		store->snapshot_age == GetLatestSnapshot()->snapXactCompletionCount;
+	return store->snapshot_count != 0 &&
+		store->snapshot_count == GetLatestSnapshot()->snapXactCompletionCount;
 }
 
 /*
@@ -239,6 +239,7 @@ StoreInsert(Store *store, const Record *record)
 
 	slot = MakeSingleTupleTableSlot(RelationGetDescr(store->rel),
 									&TTSOpsVirtual);
+	slot->tts_tableOid = RelationGetRelid(store->rel);
 	memset(slot->tts_isnull, true,
 		   slot->tts_tupleDescriptor->natts * sizeof(bool));
 	memcpy(slot->tts_values, record->values,
@@ -257,7 +258,8 @@ StoreInsert(Store *store, const Record *record)
  * Delete the row that was found last.
  *
  * Returns false when somebody else deleted it first or, unless we may wait,
- * has it locked.
+ * has it locked.  Errors: 55000 when the table is published without a replica
+ * identity.
  */
 bool
 StoreDelete(Store *store, bool wait)
@@ -265,6 +267,7 @@ StoreDelete(Store *store, bool wait)
 	TM_FailureData failure;
 	TM_Result	result;
 
+	CheckCmdReplicaIdentity(store->rel, CMD_DELETE);
 	result = table_tuple_delete(store->rel, &store->slot->tts_tid,
 								GetCurrentCommandId(true),
 								InvalidSnapshot, InvalidSnapshot,
@@ -397,6 +400,8 @@ look_up_catalog(LOCKMODE lockmode)
 		if (!OidIsValid(catalog.states[i]))
 			refuse_shape(rel);
 	}
+	if (!OidIsValid(catalog.result_type))
+		refuse_shape(rel);
 	catalog.valid = true;
 
 	return rel;
@@ -557,7 +562,7 @@ push_lookup_snapshot(Store *store)
 	Snapshot	latest = GetLatestSnapshot();
 
 	/* the copy that is pushed does not have it */
-	store->snapshot_age = latest->snapXactCompletionCount;
+	store->snapshot_count = latest->snapXactCompletionCount;
 	PushActiveSnapshot(latest);
 
 	return IsolationIsSerializable() ? SnapshotAny : GetActiveSnapshot();
@@ -708,8 +713,11 @@ insert_index_entries(ResultRelInfo *target, TupleTableSlot *slot,
 static bool
 violates_primary_key(const ErrorData *edata, const ResultRelInfo *target)
 {
+	Relation	rel = target->ri_RelationDesc;
+
 	if (edata->sqlerrcode != ERRCODE_UNIQUE_VIOLATION ||
-		edata->constraint_name == NULL)
+		edata->constraint_name == NULL ||
+		strcmp(edata->table_name, RelationGetRelationName(rel)) != 0)
 		return false;
 
 	for (int i = 0; i < target->ri_NumIndices; i++)

@@ -73,7 +73,7 @@ typedef struct Store
 	LOCKMODE	lockmode;
 	Relation	index;			/* null before the first lookup, as is slot */
 	TupleTableSlot *slot;		/* the row that was found last */
-	uint64		snapshot_age;	/* of the last lookup, see StoreIsCurrent() */
+	uint64		snapshot_count; /* of the last lookup, see StoreIsCurrent() */
 	IndexScanDesc expired;		/* while expired records are being read */
 } Store;
 

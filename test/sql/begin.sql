@@ -281,6 +281,9 @@ SELECT outcome FROM idempotency_begin('acme', 'orders.create', 'before');
 SET lock_timeout = '20ms';
 SELECT idempotency_try_begin('acme', 'orders.create', 'held', '{"amount": 1}', wait => '1 hour');
 \echo :SQLSTATE
+-- one of the same length is not shorter
+SELECT outcome
+FROM idempotency_try_begin('acme', 'orders.create', 'held', '{"amount": 1}', wait => '20 ms');
 -- a longer one does not lengthen the wait, and is left as it was
 SET lock_timeout = '1h';
 SELECT outcome

@@ -83,7 +83,13 @@ PREPARE TRANSACTION 'k6';
 SELECT pid, key FROM idempotency_in_flight;
 ROLLBACK PREPARED 'k6';
 SELECT * FROM idempotency_in_flight;
+SELECT used FROM idempotency_tracking();
 -- what is left of it is not taken for the request of the next claim
+BEGIN;
+SELECT outcome FROM idempotency_begin('acme', 'orders.create', 'k6', '{"a": 1}');
+SELECT idempotency_finish('acme', 'orders.create', 'k6');
+PREPARE TRANSACTION 'k6';
+ROLLBACK PREPARED 'k6';
 BEGIN;
 SELECT outcome FROM idempotency_begin('acme', 'orders.create', 'k6', '{"a": 2}');
 SELECT mine, key FROM in_flight;
@@ -119,12 +125,12 @@ SELECT key AS untracked_key FROM (SELECT 'k' || i FROM generate_series(1, 100) i
 WHERE key NOT IN (SELECT key FROM idempotency_in_flight) ORDER BY key LIMIT 1 \gset
 SELECT idempotency_begin('acme', 'many', :'untracked_key');
 \echo :SQLSTATE
+SELECT untracked FROM idempotency_tracking() \gset
 COMMIT PREPARED 'many';
 SELECT outcome, count(*)
 FROM generate_series(1, 100) i, idempotency_try_begin('acme', 'many', 'k' || i, '"different"')
 GROUP BY outcome;
 -- what a prepared transaction left behind makes room when it is needed
-SELECT untracked FROM idempotency_tracking() \gset
 BEGIN;
 SELECT count(*) FILTER (WHERE outcome = 'started') AS started
 FROM generate_series(1, :capacity) i, idempotency_begin('acme', 'again', 'k' || i);

@@ -192,6 +192,26 @@ SELECT run('a-key-too-long');
 SELECT run('short');
 ALTER TABLE idempotency_key DROP CONSTRAINT short_key;
 SELECT run('a-key-too-long');
+-- also of system columns
+ALTER TABLE idempotency_key ADD CONSTRAINT this_table CHECK (tableoid = 'idempotency_key'::regclass);
+SELECT run('in-this');
+ALTER TABLE idempotency_key DROP CONSTRAINT this_table;
+TRUNCATE idempotency_key;
+
+-- a record is not deleted behind the back of a subscriber
+SET client_min_messages = error;
+CREATE PUBLICATION records FOR TABLE idempotency_key;
+RESET client_min_messages;
+SELECT run('published');
+UPDATE idempotency_key SET expires_at = created_at;
+ALTER TABLE idempotency_key REPLICA IDENTITY NOTHING;
+CALL idempotency_sweep();
+\echo :SQLSTATE
+SELECT run('published');
+\echo :SQLSTATE
+ALTER TABLE idempotency_key REPLICA IDENTITY DEFAULT;
+SELECT run('published');
+DROP PUBLICATION records;
 TRUNCATE idempotency_key;
 
 --
