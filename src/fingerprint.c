@@ -39,7 +39,6 @@
 #include "common/cryptohash.h"
 #include "common/sha2.h"
 #include "fingerprint.h"
-#include "libpq/pqformat.h"
 #include "mb/pg_wchar.h"
 #include "miscadmin.h"
 #include "port/pg_bswap.h"
@@ -74,6 +73,7 @@ static void write_array(FormWriter *writer, JsonbIterator **it, int count);
 static void write_object(FormWriter *writer, JsonbIterator **it, int count);
 static void write_value(FormWriter *writer, JsonbValue *value);
 static void write_number(FormWriter *writer, Numeric number);
+static int	read_int16(const char **at);
 static void write_header(FormWriter *writer, char type, int count);
 static void write_bytes(FormWriter *writer, const char *data, int len);
 static void flush_form(FormWriter *writer);
@@ -316,47 +316,54 @@ write_number(FormWriter *writer, Numeric number)
 {
 	bytea	   *wire = DatumGetByteaPP(DirectFunctionCall1(numeric_send,
 														   NumericGetDatum(number)));
-	StringInfoData msg;
-	int			count;
-	int			weight;
-	bool		negative;
-	char	   *digits;
-	char	   *first;
-	char	   *end;
-	char	   *text;
+	const char *at = VARDATA_ANY(wire);
+	int			count = read_int16(&at);
+	int			weight = read_int16(&at);
+	bool		negative = (read_int16(&at) != 0);
+	int			exponent = weight * 4 + 3;
+	char	   *text = palloc(1 + count * 4 + 1 + MAXINT8LEN);
+	char	   *first = text + 1;	/* leaves room for a sign */
+	char	   *end = first;
 
-	initStringInfo(&msg);
-	appendBinaryStringInfo(&msg, VARDATA_ANY(wire), VARSIZE_ANY_EXHDR(wire));
-	count = pq_getmsgint(&msg, 2);
-	weight = (int16) pq_getmsgint(&msg, 2);
-	negative = (pq_getmsgint(&msg, 2) != 0);
-	(void) pq_getmsgint(&msg, 2);
-
-	digits = palloc(count * 4 + 1);
+	(void) read_int16(&at);
 	for (int i = 0; i < count; i++)
-		pg_ultostr_zeropad(digits + i * 4, pq_getmsgint(&msg, 2), 4);
+		end = pg_ultostr_zeropad(end, read_int16(&at), 4);
 
-	first = digits;
-	end = digits + count * 4;
 	while (first < end && *first == '0')
+	{
 		first++;
+		exponent--;
+	}
 	while (first < end && end[-1] == '0')
 		end--;
-
 	if (first == end)
-		text = pstrdup("0e0");
-	else
-		text = psprintf("%s%.*se%d", negative ? "-" : "",
-						(int) (end - first), first,
-						weight * 4 + 3 - (int) (first - digits));
+	{
+		*end++ = '0';
+		exponent = 0;
+	}
+	if (negative)
+		*--first = '-';
+	*end++ = 'e';
+	end += pg_ltoa(exponent, end);
 
 	appendStringInfoCharMacro(&writer->buf, '#');
-	write_bytes(writer, text, strlen(text));
+	write_bytes(writer, first, end - first);
 
 	pfree(text);
-	pfree(digits);
-	pfree(msg.data);
 	pfree(wire);
+}
+
+/*
+ * The next integer of two bytes, most significant first.
+ */
+static int
+read_int16(const char **at)
+{
+	uint16		n;
+
+	memcpy(&n, *at, sizeof(n));
+	*at += sizeof(n);
+	return (int16) pg_ntoh16(n);
 }
 
 static void

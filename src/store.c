@@ -52,6 +52,7 @@
 #include "catalog/pg_collation_d.h"
 #include "catalog/pg_enum.h"
 #include "catalog/pg_type_d.h"
+#include "storage/lmgr.h"
 #include "store.h"
 #include "utils/inval.h"
 #include "utils/lsyscache.h"
@@ -149,18 +150,19 @@ StoreInit(void)
 void
 StoreOpen(Store *store, LOCKMODE lockmode)
 {
-	Relation	rel = NULL;
+	Relation	rel;
 
 	if (catalog.valid)
-		rel = try_table_open(catalog.table, lockmode);
+		LockRelationOid(catalog.table, lockmode);
 
-	/* the table may have been altered or replaced while we waited for it */
-	if (rel == NULL || !catalog.valid)
-	{
-		if (rel != NULL)
-			table_close(rel, lockmode);
+	/*
+	 * The table may have been altered or replaced while we waited for it.  If
+	 * so, the lock on the old one goes with the transaction.
+	 */
+	if (catalog.valid)
+		rel = table_open(catalog.table, NoLock);
+	else
 		rel = look_up_catalog(lockmode);
-	}
 
 	if (lockmode >= RowExclusiveLock)
 		refuse_triggers(rel);
