@@ -3,22 +3,23 @@
  * begin.c
  *	  begin, try_begin and replay: what a request is told.
  *
- * How begin decides.  It looks for a live record, and if there is none it tries
- * to get the lock of the scope, without waiting:
+ * How begin decides.  It looks for a live record, and if there is none it
+ * tries to get the lock of the scope, without waiting:
  *
  *		live record						replayed, or mismatch
  *		none, and the lock is ours		started
  *		none, and it is not				in flight, or mismatch
  *
- * A lookup is good for the last two only if it was made after the lock was tried
- * for: in between, another transaction may have committed its record and let
- * the lock go, to be held by a repeat that is just reading the record.  So begin
- * looks again, unless it can tell that the lookup would have had the very same
- * snapshot, which is nearly always so and saves the second search.
+ * A lookup is good for the last two only if it was made after the lock was
+ * tried for: in between, another transaction may have committed its record
+ * and let the lock go, to be held by a repeat that is just reading the
+ * record.  So begin looks again, unless it can tell that the lookup would
+ * have had the very same snapshot, which is nearly always so and saves the
+ * second search.
  *
  * Only "started" keeps the lock.  A repeat that finds the record at once does
- * not touch it, and one that had to wait for it gives it back before it returns,
- * so that repeats do not wait for each other's transactions.
+ * not touch it, and one that had to wait for it gives it back before it
+ * returns, so that repeats do not wait for each other's transactions.
  *
  * Waiting changes nothing of this: when the wait is over, with the lock or
  * without, begin looks again and decides by the same table.

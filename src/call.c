@@ -30,8 +30,8 @@ CallNeedsReadWrite(const char *function)
 }
 
 /*
- * How long a completed answer is to be kept, in microseconds: by the argument,
- * or else by the setting.
+ * How long a completed answer is to be kept, in microseconds: by the
+ * argument, or else by the setting.
  */
 int64
 CallReadTtl(FunctionCallInfo fcinfo, int argument)

@@ -10,10 +10,11 @@
  *
  * Savepoints.  A claim belongs to the (sub)transaction that began it, its
  * held_level.  When a savepoint is released, what it began belongs to its
- * parent; when it is rolled back, the claim is gone, and the lock manager lets
- * the lock go at the same moment.  The end of a claim is undone in the same
- * way: a claim that was ended at ended_level is held again when that
- * subtransaction is rolled back, because then so is the record that was written.
+ * parent; when it is rolled back, the claim is gone, and the lock manager
+ * lets the lock go at the same moment.  The end of a claim is undone in the
+ * same way: a claim that was ended at ended_level is held again when that
+ * subtransaction is rolled back, because then so is the record that was
+ * written.
  *
  *		begin a			held 1
  *		SAVEPOINT s		held 1
@@ -25,10 +26,10 @@
  * fail at the end.
  *
  * Owners.  The lock manager charges a lock to a resource owner, and during a
- * query that is the owner of its portal.  A later call in the same transaction
- * runs in another portal and could not release it, so locks are always
- * charged to the owner of the (sub)transaction; that is where they would have
- * ended up anyway.
+ * query that is the owner of its portal.  A later call in the same
+ * transaction runs in another portal and could not release it, so locks are
+ * always charged to the owner of the (sub)transaction; that is where they
+ * would have ended up anyway.
  *
  * The guard.  A transaction that commits with a claim that is still held did
  * work whose answer nobody will find, so that the next repeat would do it

@@ -26,8 +26,8 @@
  * keeps the work in proportion to the request: 1e100000 has nine bytes.
  *
  * A length or count is four bytes, most significant first.  In a database
- * whose encoding is SQL_ASCII nobody knows what the bytes of a string mean, and
- * they are taken as they are.
+ * whose encoding is SQL_ASCII nobody knows what the bytes of a string mean,
+ * and they are taken as they are.
  *
  * Whoever changes the form must give it a new version, and has to know that
  * repeats of requests from before the change will be refused as different.
@@ -307,8 +307,8 @@ write_value(FormWriter *writer, JsonbValue *value)
 /*
  * Write a number.
  *
- * Its digits come in the binary format of the wire protocol: how many digits to
- * base 10000 there are, the power of 10000 of the first one, the sign, the
+ * Its digits come in the binary format of the wire protocol: how many digits
+ * to base 10000 there are, the power of 10000 of the first one, the sign, the
  * display scale, and the digits.
  */
 static void
@@ -321,8 +321,8 @@ write_number(FormWriter *writer, Numeric number)
 	int			weight = read_int16(&at);
 	bool		negative = (read_int16(&at) != 0);
 	int			exponent = weight * 4 + 3;
-	char	   *text = palloc(1 + count * 4 + 1 + MAXINT8LEN);
-	char	   *first = text + 1;	/* leaves room for a sign */
+	char	   *buffer = palloc(1 + count * 4 + 1 + MAXINT8LEN);
+	char	   *first = buffer + 1;	/* leaves room for a sign */
 	char	   *end = first;
 
 	(void) read_int16(&at);
@@ -349,7 +349,7 @@ write_number(FormWriter *writer, Numeric number)
 	appendStringInfoCharMacro(&writer->buf, '#');
 	write_bytes(writer, first, end - first);
 
-	pfree(text);
+	pfree(buffer);
 	pfree(wire);
 }
 

@@ -4,10 +4,11 @@
  *	  finish and release: how a request ends.
  *
  * finish writes the record, the only row that a request with a transaction
- * claim costs.  It is inserted without looking for an old one first; begin has
- * looked, and since then the lock of the scope kept others away.  Only where
- * begin saw an expired record is there a row to be deleted before.  Whoever got
- * past the lock all the same is met in the unique index (see store.c).
+ * claim costs.  It is inserted without looking for an old one first; begin
+ * has looked, and since then the lock of the scope kept others away.  Only
+ * where begin saw an expired record is there a row to be deleted before.
+ * Whoever got past the lock all the same is met in the unique index (see
+ * store.c).
  *
  *-------------------------------------------------------------------------
  */

@@ -93,9 +93,9 @@ KeyFormatName(int format)
  * Names of our settings that the client gave when it connected.
  *
  * Unless the library is preloaded, a setting is not known when a session
- * starts, and a client can put a value of its own in the place of the one that
- * the administrator gave to its role, its database or the server.  Later, when
- * the setting becomes known, that value is thrown away, but the
+ * starts, and a client can put a value of its own in the place of the one
+ * that the administrator gave to its role, its database or the server.
+ * Later, when the setting becomes known, that value is thrown away, but the
  * administrator's is not brought back.
  */
 static List *
@@ -120,8 +120,8 @@ find_client_settings(void)
 }
 
 /*
- * End a session whose client tried to change what is the administrator's, which
- * is seen by its value not having been accepted.
+ * End a session whose client tried to change what is the administrator's,
+ * which is seen by its value not having been accepted.
  *
  * With the library preloaded the server would not have let it connect.
  */
@@ -152,7 +152,8 @@ refuse_client_settings(List *names)
 }
 
 /*
- * Refuse a lifetime above idempotency.max_ttl as soon as somebody asks for it.
+ * Refuse a lifetime above idempotency.max_ttl as soon as somebody asks for
+ * it.
  *
  * A check hook cannot rely on the value of another setting while the
  * configuration file is being read, so what comes from there is checked when
@@ -278,8 +279,8 @@ define_administrator_settings(void)
 
 /*
  * What sizes shared memory has an effect only when the library is preloaded.
- * Otherwise it is accepted all the same, so that a configuration file that has
- * it is no reason to warn each client.
+ * Otherwise it is accepted all the same, so that a configuration file that
+ * has it is no reason to warn each client.
  *
  * A partitioned hash table has 32 free lists with an entry each at least, so
  * that less than that could not be kept to.

@@ -10,16 +10,16 @@
  * flight", and the mismatch that is found while the first request still runs.
  *
  * Nothing here decides who may run.  An entry is made after the lock of the
- * claim was got and removed before the lock goes, so an entry that is found is
- * at worst a moment old.  Where there is no entry (the library is not
+ * claim was got and removed before the lock goes, so an entry that is found
+ * is at worst a moment old.  Where there is no entry (the library is not
  * preloaded, the table is full, the server restarted after a transaction was
  * prepared), repeats just learn less.
  *
  * A prepared transaction has no process, and no code of ours runs when it is
  * resolved.  Its entries stay behind, with its transaction ID, and are stale
- * once that is not in progress any more.  The next claim on the scope takes over
- * a stale entry, and all of them are thrown out when somebody looks at the whole
- * table, or finds it full.
+ * once that is not in progress any more.  The next claim on the scope takes
+ * over a stale entry, and all of them are thrown out when somebody looks at
+ * the whole table, or finds it full.
  *
  * The table is a partitioned hash table like that of the lock manager: a
  * backend takes one of NUM_PARTITIONS locks for an entry, and all of them, in
@@ -213,7 +213,8 @@ InFlightFind(const Scope *scope, InFlightClaim *found)
 /*
  * idempotency_in_flight() returns setof record
  *
- * The claims in flight in this database; none unless the library is preloaded.
+ * The claims in flight in this database; none unless the library is
+ * preloaded.
  */
 Datum
 idempotency_in_flight(PG_FUNCTION_ARGS)
@@ -373,7 +374,8 @@ is_stale(const InFlightClaim *claim)
 }
 
 /*
- * Throw out what is left over from prepared transactions, if there can be any.
+ * Throw out what is left over from prepared transactions, if there can be
+ * any.
  */
 static void
 remove_stale_claims(void)

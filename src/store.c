@@ -24,16 +24,16 @@
  * to have it find and write its record, and nothing runs as another role.
  *
  * Snapshots.  Who claims a request must have seen every record that was
- * committed before the lock of its scope was got, at every isolation level, or
- * the work would be done twice.  So a lookup uses a new snapshot, not that of the
- * transaction.  In a serializable transaction a scan with a snapshot would also
- * take predicate locks on whole index pages, and requests with neighboring keys
- * would fail each other.  That only one transaction at a time works on a scope is
- * known from its lock and from the unique index, so the scan there reads all
- * versions of a row (SnapshotAny) and picks the one that is in the new snapshot.
- * What is then left to check is that the record is in the snapshot that the
- * transaction's other reads had, and if it is not, the transaction cannot be
- * serialized.
+ * committed before the lock of its scope was got, at every isolation level,
+ * or the work would be done twice.  So a lookup uses a new snapshot, not that
+ * of the transaction.  In a serializable transaction a scan with a snapshot
+ * would also take predicate locks on whole index pages, and requests with
+ * neighboring keys would fail each other.  That only one transaction at a
+ * time works on a scope is known from its lock and from the unique index, so
+ * the scan there reads all versions of a row (SnapshotAny) and picks the one
+ * that is in the new snapshot. What is then left to check is that the record
+ * is in the snapshot that the transaction's other reads had, and if it is
+ * not, the transaction cannot be serialized.
  *
  * The unique index decides.  Whatever became of the lock, of two transactions
  * that insert a record for one scope the second waits in the index for the
@@ -192,9 +192,9 @@ StoreClose(Store *store)
 /*
  * Find the record of a scope.
  *
- * *record is filled in unless the result is RECORD_ABSENT, and points into the
- * store.  A record whose time is over at now is reported as expired; it is to
- * be treated like none, but its row is in the way of a new one.
+ * *record is filled in unless the result is RECORD_ABSENT, and points into
+ * the store.  A record whose time is over at now is reported as expired; it
+ * is to be treated like none, but its row is in the way of a new one.
  *
  * Errors: 40001 when the record is too new for a serializable transaction.
  */
@@ -219,8 +219,8 @@ StoreFind(Store *store, const Scope *scope, TimestampTz now, Record *record)
  * Whether a lookup made now would find what the last one found.
  *
  * The server counts the transactions that ended with something to show, and a
- * snapshot has the count of the moment when it was made.  If a new snapshot has
- * the same count as the old one, the two are the same.
+ * snapshot has the count of the moment when it was made.  If a new snapshot
+ * has the same count as the old one, the two are the same.
  */
 bool
 StoreIsCurrent(const Store *store)
@@ -367,8 +367,8 @@ forget_catalog(Datum arg, Oid relid)
 /*
  * Open the table, and find our other objects.
  *
- * With the table locked, nothing about it can change any more; but what has its
- * name may be another table by the time that we have the lock.
+ * With the table locked, nothing about it can change any more; but what has
+ * its name may be another table by the time that we have the lock.
  */
 static Relation
 look_up_catalog(LOCKMODE lockmode)
@@ -536,8 +536,8 @@ find_expiry_index(Relation rel)
 }
 
 /*
- * Refuse a table whose changes should have consequences that only the executor
- * would see to.
+ * Refuse a table whose changes should have consequences that only the
+ * executor would see to.
  */
 static void
 refuse_triggers(Relation rel)

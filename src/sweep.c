@@ -3,21 +3,21 @@
  * sweep.c
  *	  Giving back the space of expired records.
  *
- * An expired record is treated as absent wherever one is looked for, so a sweep
- * changes no answer, and nothing has to wait for it.  It walks the index on
- * expires_at from the oldest record to those that expire when it starts, and
- * deletes in batches with a transaction each.  A row that cannot be had at once
- * is passed over and left for the next sweep: one that somebody has locked, or
- * one whose scope is claimed, because finish is about to replace it and would
- * have to wait for the batch to commit.  Hence any number of sweeps can run
- * at once, beside any load.
+ * An expired record is treated as absent wherever one is looked for, so a
+ * sweep changes no answer, and nothing has to wait for it.  It walks the
+ * index on expires_at from the oldest record to those that expire when it
+ * starts, and deletes in batches with a transaction each.  A row that cannot
+ * be had at once is passed over and left for the next sweep: one that
+ * somebody has locked, or one whose scope is claimed, because finish is about
+ * to replace it and would have to wait for the batch to commit.  Hence any
+ * number of sweeps can run at once, beside any load.
  *
  * The next batch starts where the last one ended, so that rows that were
  * passed over do not keep a sweep from its end, and index entries that were
  * deleted but not vacuumed are not read again for each batch.
  *
- * Losing the last batches in a crash costs nothing, so commits do not wait for
- * the disk, or for a standby.
+ * Losing the last batches in a crash costs nothing, so commits do not wait
+ * for the disk, or for a standby.
  *
  *-------------------------------------------------------------------------
  */
