@@ -322,7 +322,7 @@ write_number(FormWriter *writer, Numeric number)
 	bool		negative = (read_int16(&at) != 0);
 	int			exponent = weight * 4 + 3;
 	char	   *buffer = palloc(1 + count * 4 + 1 + MAXINT8LEN);
-	char	   *first = buffer + 1;	/* leaves room for a sign */
+	char	   *first = buffer + 1; /* leaves room for a sign */
 	char	   *end = first;
 
 	(void) read_int16(&at);
