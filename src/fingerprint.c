@@ -73,7 +73,7 @@ static void write_array(FormWriter *writer, JsonbIterator **it, int count);
 static void write_object(FormWriter *writer, JsonbIterator **it, int count);
 static void write_value(FormWriter *writer, JsonbValue *value);
 static void write_number(FormWriter *writer, Numeric number);
-static int	read_int16(const char **at);
+static uint16 read_uint16(const char **at);
 static void write_header(FormWriter *writer, char type, int count);
 static void write_bytes(FormWriter *writer, const char *data, int len);
 static void flush_form(FormWriter *writer);
@@ -317,17 +317,17 @@ write_number(FormWriter *writer, Numeric number)
 	bytea	   *wire = DatumGetByteaPP(DirectFunctionCall1(numeric_send,
 														   NumericGetDatum(number)));
 	const char *at = VARDATA_ANY(wire);
-	int			count = read_int16(&at);
-	int			weight = read_int16(&at);
-	bool		negative = (read_int16(&at) != 0);
+	int			count = read_uint16(&at);
+	int			weight = (int16) read_uint16(&at);
+	bool		negative = (read_uint16(&at) != 0);
 	int			exponent = weight * 4 + 3;
 	char	   *buffer = palloc(1 + count * 4 + 1 + MAXINT8LEN);
 	char	   *first = buffer + 1; /* leaves room for a sign */
 	char	   *end = first;
 
-	(void) read_int16(&at);
+	(void) read_uint16(&at);
 	for (int i = 0; i < count; i++)
-		end = pg_ultostr_zeropad(end, read_int16(&at), 4);
+		end = pg_ultostr_zeropad(end, read_uint16(&at), 4);
 
 	while (first < end && *first == '0')
 	{
@@ -356,14 +356,14 @@ write_number(FormWriter *writer, Numeric number)
 /*
  * The next integer of two bytes, most significant first.
  */
-static int
-read_int16(const char **at)
+static uint16
+read_uint16(const char **at)
 {
 	uint16		n;
 
 	memcpy(&n, *at, sizeof(n));
 	*at += sizeof(n);
-	return (int16) pg_ntoh16(n);
+	return pg_ntoh16(n);
 }
 
 static void

@@ -112,6 +112,8 @@ INSERT INTO document (request)
 SELECT jsonb_build_array(string_agg(md5(i::text), '')) FROM generate_series(1, 3000) i;
 INSERT INTO document (request)
 SELECT jsonb_object_agg('key ' || i, i) FROM generate_series(1, 2000) i;
+-- the longest number that there can be
+INSERT INTO document (request) VALUES ((repeat('1', 131072) || '.' || repeat('1', 16383))::jsonb);
 SELECT count(*) AS large FROM document WHERE octet_length(request::text) > 8192;
 SELECT count(*) AS different FROM document
 WHERE idempotency_request_hash(request) <> sha256('\x01'::bytea || form(request));
