@@ -7,7 +7,6 @@
 EXTENSION = idempotency
 MODULE_big = idempotency
 DATA = sql/idempotency--1.0.sql
-DOCS = README.md
 OBJS = \
 	src/begin.o \
 	src/call.o \
@@ -31,7 +30,7 @@ ISOLATION = $(sort $(basename $(notdir $(wildcard test/specs/*.spec))))
 ISOLATION_OPTS = --inputdir=test --outputdir=. --temp-instance=tmp_check_iso \
 	--temp-config=test/preload.conf --load-extension=idempotency
 TAP_TESTS = 1
-PROVE_TESTS = test/t/*.pl
+PROVE_TESTS ?= test/t/*.pl
 
 PG_CONFIG ?= pg_config
 PGXS := $(shell $(PG_CONFIG) --pgxs)

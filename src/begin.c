@@ -105,8 +105,9 @@ PG_FUNCTION_INFO_V1(idempotency_replay);
  *
  * Claim a request, or get the answer that was given before.
  *
- * Errors: ID001 to ID005 as README.md lists them, 25006 in a read-only
- * transaction, 40001 in a serializable one.
+ * Errors: ID001 to ID005 as README.md lists them, 22023 for a lifetime in the
+ * settings above max_ttl, 25006 in a read-only transaction, 40001 in a
+ * serializable one, 42501 for another tenant than the role is pinned to.
  */
 Datum
 idempotency_begin(PG_FUNCTION_ARGS)
@@ -133,7 +134,7 @@ idempotency_try_begin(PG_FUNCTION_ARGS)
  * Get a stored answer, also in a read-only transaction or on a standby.  All
  * columns are null when there is none.
  *
- * Errors: ID001, ID002, ID004 for a different request.
+ * Errors: ID001, ID002, ID004 for a different request, 40001, 42501.
  */
 Datum
 idempotency_replay(PG_FUNCTION_ARGS)

@@ -63,7 +63,8 @@ PG_FUNCTION_INFO_V1(idempotency_release);
  * Store the answer and end the claim.  Returns what became of the request:
  * completed, errored or released.
  *
- * Errors: ID001, ID002, ID005 without a claim, ID007 for too large an answer.
+ * Errors: ID001, ID002, ID005 without a claim, ID007 for too large an answer,
+ * 25006, 42501.
  */
 Datum
 idempotency_finish(PG_FUNCTION_ARGS)
@@ -107,7 +108,7 @@ idempotency_finish(PG_FUNCTION_ARGS)
  * Give a claim back without an answer, so that the next repeat runs.  Returns
  * whether there was one.
  *
- * Errors: ID001, ID002.
+ * Errors: ID001, ID002, 25006, 42501.
  */
 Datum
 idempotency_release(PG_FUNCTION_ARGS)

@@ -253,7 +253,7 @@ SELECT outcome FROM idempotency_begin('acme', 'orders.cancel', 'held');
 SELECT outcome FROM idempotency_begin('acme', 'orders.create', 'held', actor => 'user 1');
 ROLLBACK;
 
--- retry_after is the setting at least, and never more than a minute beyond it
+-- retry_after is the setting, when the claim was not held for longer
 SET idempotency.retry_after = '1s';
 SELECT outcome, retry_after BETWEEN interval '1s' AND interval '60s' AS soon
 FROM idempotency_try_begin('acme', 'orders.create', 'held', '{"amount": 1}');
