@@ -20,7 +20,6 @@
 #include "idempotency.h"
 
 #include "common/hashfn.h"
-#include "mb/pg_wchar.h"
 #include "miscadmin.h"
 #include "scope.h"
 #include "utils/builtins.h"

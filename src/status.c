@@ -16,7 +16,6 @@
 
 #include "nodes/pg_list.h"
 #include "status.h"
-#include "utils/builtins.h"
 #include "utils/varlena.h"
 
 #define FIRST_ERROR_STATUS	400

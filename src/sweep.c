@@ -70,7 +70,7 @@ PG_FUNCTION_INFO_V1(idempotency_sweep);
  * Delete expired records, and say how many.
  *
  * Errors: 2D000 inside a transaction block, 22023 for arguments out of range,
- * 25006 in a read-only transaction.
+ * 25006 in a read-only transaction, and those of StoreOpen and StoreDelete.
  */
 Datum
 idempotency_sweep(PG_FUNCTION_ARGS)
