@@ -10,16 +10,22 @@ DATA = sql/idempotency--1.0.sql
 OBJS = \
 	src/begin.o \
 	src/call.o \
+	src/checkpoint.o \
 	src/claim.o \
+	src/event_key.o \
 	src/fingerprint.o \
 	src/finish.o \
+	src/first_seen.o \
 	src/idempotency.o \
 	src/in_flight.o \
+	src/lease.o \
 	src/result.o \
+	src/run.o \
 	src/scope.o \
 	src/status.o \
 	src/store.o \
-	src/sweep.o
+	src/sweep.o \
+	src/wake.o
 
 PG_CFLAGS = -Wall -Wextra -Wno-unused-parameter
 

@@ -30,7 +30,7 @@ CREATE TYPE idempotency_result AS (
 COMMENT ON TYPE idempotency_result IS
 'what a request is told: its outcome and, where there is one, the stored answer';
 COMMENT ON COLUMN idempotency_result.outcome IS
-'started, replayed, mismatched or in_flight';
+'started, replayed, mismatched or in_flight; from idempotency_run, what idempotency_finish would say instead of started';
 COMMENT ON COLUMN idempotency_result.status_code IS
 'HTTP status of the stored answer';
 COMMENT ON COLUMN idempotency_result.response IS
@@ -53,6 +53,21 @@ COMMENT ON COLUMN idempotency_result.finished_at IS
 'when the answer was stored';
 COMMENT ON COLUMN idempotency_result.expires_at IS
 'when the answer will be forgotten';
+
+CREATE TYPE idempotency_response AS (
+    status_code int,
+    headers jsonb,
+    response json
+);
+
+COMMENT ON TYPE idempotency_response IS
+'what a handler may return: an answer with its HTTP status and headers';
+COMMENT ON COLUMN idempotency_response.status_code IS
+'HTTP status of the answer';
+COMMENT ON COLUMN idempotency_response.headers IS
+'headers of the answer';
+COMMENT ON COLUMN idempotency_response.response IS
+'the answer';
 
 --
 -- Table
@@ -83,6 +98,7 @@ CREATE TABLE idempotency_key (
     created_at timestamptz NOT NULL,
     finished_at timestamptz,
     expires_at timestamptz NOT NULL,
+    ttl interval,
     PRIMARY KEY (key, tenant, action, actor)
 );
 
@@ -117,13 +133,15 @@ COMMENT ON COLUMN idempotency_key.recovery_point IS
 COMMENT ON COLUMN idempotency_key.recovery_state IS
 'what is needed to go on from the recovery point';
 COMMENT ON COLUMN idempotency_key.lease_expires_at IS
-'when another caller may take over a leased claim';
+'when another caller may take over a leased claim; null when it was released';
 COMMENT ON COLUMN idempotency_key.created_at IS
 'when the request was begun';
 COMMENT ON COLUMN idempotency_key.finished_at IS
 'when the answer was stored';
 COMMENT ON COLUMN idempotency_key.expires_at IS
 'when the record is forgotten, and may be swept';
+COMMENT ON COLUMN idempotency_key.ttl IS
+'how long the answer to a pending request will be kept';
 COMMENT ON INDEX idempotency_key_expires_at_idx IS
 'finds the records to sweep';
 
@@ -142,12 +160,13 @@ CREATE FUNCTION idempotency_begin(
     actor text DEFAULT NULL,
     ttl interval DEFAULT NULL,
     wait interval DEFAULT NULL,
+    lease interval DEFAULT NULL,
     request_hash bytea DEFAULT NULL
 ) RETURNS idempotency_result
 AS 'MODULE_PATHNAME'
 LANGUAGE C VOLATILE PARALLEL UNSAFE;
 
-COMMENT ON FUNCTION idempotency_begin(text, text, text, jsonb, text, interval, interval, bytea) IS
+COMMENT ON FUNCTION idempotency_begin(text, text, text, jsonb, text, interval, interval, interval, bytea) IS
 'claim a request, or get its stored answer; raises an error when it is in flight or mismatched';
 
 CREATE FUNCTION idempotency_try_begin(
@@ -158,12 +177,13 @@ CREATE FUNCTION idempotency_try_begin(
     actor text DEFAULT NULL,
     ttl interval DEFAULT NULL,
     wait interval DEFAULT NULL,
+    lease interval DEFAULT NULL,
     request_hash bytea DEFAULT NULL
 ) RETURNS idempotency_result
 AS 'MODULE_PATHNAME'
 LANGUAGE C VOLATILE PARALLEL UNSAFE;
 
-COMMENT ON FUNCTION idempotency_try_begin(text, text, text, jsonb, text, interval, interval, bytea) IS
+COMMENT ON FUNCTION idempotency_try_begin(text, text, text, jsonb, text, interval, interval, interval, bytea) IS
 'claim a request, or get its stored answer; tells by the outcome when it is in flight or mismatched';
 
 CREATE FUNCTION idempotency_finish(
@@ -174,12 +194,13 @@ CREATE FUNCTION idempotency_finish(
     response json DEFAULT NULL,
     headers jsonb DEFAULT NULL,
     actor text DEFAULT NULL,
+    attempt int DEFAULT NULL,
     body bytea DEFAULT NULL
 ) RETURNS text
 AS 'MODULE_PATHNAME'
 LANGUAGE C VOLATILE PARALLEL UNSAFE;
 
-COMMENT ON FUNCTION idempotency_finish(text, text, text, int, json, jsonb, text, bytea) IS
+COMMENT ON FUNCTION idempotency_finish(text, text, text, int, json, jsonb, text, int, bytea) IS
 'store the answer of a claimed request and end the claim';
 
 CREATE FUNCTION idempotency_replay(
@@ -200,13 +221,58 @@ CREATE FUNCTION idempotency_release(
     tenant text,
     action text,
     key text,
-    actor text DEFAULT NULL
+    actor text DEFAULT NULL,
+    attempt int DEFAULT NULL
 ) RETURNS boolean
 AS 'MODULE_PATHNAME'
 LANGUAGE C VOLATILE PARALLEL UNSAFE;
 
-COMMENT ON FUNCTION idempotency_release(text, text, text, text) IS
+COMMENT ON FUNCTION idempotency_release(text, text, text, text, int) IS
 'give back a claim without an answer; returns whether there was one';
+
+CREATE FUNCTION idempotency_checkpoint(
+    tenant text,
+    action text,
+    key text,
+    attempt int,
+    recovery_point text,
+    recovery_state jsonb DEFAULT NULL,
+    lease interval DEFAULT NULL,
+    actor text DEFAULT NULL
+) RETURNS timestamptz
+AS 'MODULE_PATHNAME'
+LANGUAGE C VOLATILE PARALLEL UNSAFE;
+
+COMMENT ON FUNCTION idempotency_checkpoint(text, text, text, int, text, jsonb, interval, text) IS
+'save how far the work under a leased claim got, and renew its lease; returns the new end of it';
+
+CREATE FUNCTION idempotency_run(
+    tenant text,
+    action text,
+    key text,
+    request jsonb,
+    handler regprocedure,
+    actor text DEFAULT NULL,
+    ttl interval DEFAULT NULL,
+    wait interval DEFAULT NULL
+) RETURNS idempotency_result
+AS 'MODULE_PATHNAME'
+LANGUAGE C VOLATILE PARALLEL UNSAFE;
+
+COMMENT ON FUNCTION idempotency_run(text, text, text, jsonb, regprocedure, text, interval, interval) IS
+'get the stored answer of a request, or have a function make one and store it';
+
+CREATE FUNCTION idempotency_first_seen(
+    tenant text,
+    consumer text,
+    message_ids text[],
+    ttl interval DEFAULT NULL
+) RETURNS SETOF text
+AS 'MODULE_PATHNAME'
+LANGUAGE C VOLATILE PARALLEL UNSAFE;
+
+COMMENT ON FUNCTION idempotency_first_seen(text, text, text[], interval) IS
+'record the ids of messages; returns those that this consumer never saw before';
 
 CREATE FUNCTION idempotency_request_hash(request jsonb) RETURNS bytea
 AS 'MODULE_PATHNAME'
@@ -214,6 +280,20 @@ LANGUAGE C IMMUTABLE STRICT PARALLEL SAFE;
 
 COMMENT ON FUNCTION idempotency_request_hash(jsonb) IS
 'fingerprint of a request: SHA-256 of its canonical form';
+
+-- The namespace is part of what every producer and consumer must agree on, and
+-- never changes.
+CREATE FUNCTION idempotency_event_key(
+    event_type text,
+    aggregate_id text,
+    sequence bigint,
+    namespace uuid DEFAULT 'ce796568-8e76-4f6e-b458-7e151e9ab823'
+) RETURNS uuid
+AS 'MODULE_PATHNAME'
+LANGUAGE C IMMUTABLE STRICT PARALLEL SAFE;
+
+COMMENT ON FUNCTION idempotency_event_key(text, text, bigint, uuid) IS
+'key of an event: version 5 UUID of the name event_type:aggregate_id:sequence';
 
 --
 -- Calls of an administrator
@@ -236,7 +316,9 @@ CREATE FUNCTION idempotency_in_flight(
     OUT actor text,
     OUT action text,
     OUT key text,
-    OUT started_at timestamptz
+    OUT attempt int,
+    OUT started_at timestamptz,
+    OUT lease_expires_at timestamptz
 ) RETURNS SETOF record
 AS 'MODULE_PATHNAME'
 LANGUAGE C VOLATILE PARALLEL SAFE;
@@ -244,15 +326,26 @@ LANGUAGE C VOLATILE PARALLEL SAFE;
 COMMENT ON FUNCTION idempotency_in_flight() IS
 'claims of transactions in this database, as known in shared memory';
 
+-- A lease that was begun in a transaction that still runs is known twice to that
+-- transaction.
 CREATE VIEW idempotency_in_flight AS
-    SELECT pid, tenant, actor, action, key,
-           1 AS attempt,
-           started_at,
-           NULL::timestamptz AS lease_expires_at
-    FROM idempotency_in_flight();
+    WITH held AS MATERIALIZED (
+        SELECT * FROM idempotency_in_flight()
+    )
+    SELECT pid, tenant, actor, action, key, attempt, started_at, lease_expires_at
+    FROM held
+    UNION ALL
+    SELECT NULL, tenant, actor, action, key, attempt, created_at, lease_expires_at
+    FROM idempotency_key AS k
+    WHERE state = 'pending'
+      AND lease_expires_at > pg_catalog.clock_timestamp()
+      AND NOT EXISTS (
+          SELECT FROM held AS h
+          WHERE h.tenant = k.tenant AND h.action = k.action
+            AND h.key = k.key AND h.actor = k.actor);
 
 COMMENT ON VIEW idempotency_in_flight IS
-'claims in flight in this database; empty unless the library is preloaded';
+'claims in flight in this database: leases, and claims of transactions if the library is preloaded';
 COMMENT ON COLUMN idempotency_in_flight.pid IS
 'process that holds the claim, null when no process does';
 COMMENT ON COLUMN idempotency_in_flight.tenant IS
@@ -266,9 +359,36 @@ COMMENT ON COLUMN idempotency_in_flight.key IS
 COMMENT ON COLUMN idempotency_in_flight.attempt IS
 'how many times the work was begun';
 COMMENT ON COLUMN idempotency_in_flight.started_at IS
-'when the claim was begun';
+'when the claim was begun; for a lease, when the request was begun first';
 COMMENT ON COLUMN idempotency_in_flight.lease_expires_at IS
 'when another caller may take over a leased claim';
+
+CREATE VIEW idempotency_stalled AS
+    SELECT tenant, actor, action, key, attempt, recovery_point,
+           created_at AS started_at, lease_expires_at
+    FROM idempotency_key
+    WHERE state = 'pending'
+      AND lease_expires_at <= pg_catalog.clock_timestamp()
+      AND expires_at > pg_catalog.clock_timestamp();
+
+COMMENT ON VIEW idempotency_stalled IS
+'leases that ran out and wait for the next repeat to take them over';
+COMMENT ON COLUMN idempotency_stalled.tenant IS
+'tenant of the request';
+COMMENT ON COLUMN idempotency_stalled.actor IS
+'actor of the request';
+COMMENT ON COLUMN idempotency_stalled.action IS
+'action of the request';
+COMMENT ON COLUMN idempotency_stalled.key IS
+'key of the request';
+COMMENT ON COLUMN idempotency_stalled.attempt IS
+'how many times the work was begun';
+COMMENT ON COLUMN idempotency_stalled.recovery_point IS
+'how far the work got';
+COMMENT ON COLUMN idempotency_stalled.started_at IS
+'when the request was begun first';
+COMMENT ON COLUMN idempotency_stalled.lease_expires_at IS
+'when the lease ran out';
 
 CREATE FUNCTION idempotency_tracking(
     OUT capacity int,
@@ -287,16 +407,22 @@ COMMENT ON FUNCTION idempotency_tracking() IS
 
 REVOKE ALL ON TYPE idempotency_state FROM PUBLIC;
 REVOKE ALL ON TYPE idempotency_result FROM PUBLIC;
+REVOKE ALL ON TYPE idempotency_response FROM PUBLIC;
 REVOKE ALL ON FUNCTION idempotency_begin FROM PUBLIC;
 REVOKE ALL ON FUNCTION idempotency_try_begin FROM PUBLIC;
 REVOKE ALL ON FUNCTION idempotency_finish FROM PUBLIC;
 REVOKE ALL ON FUNCTION idempotency_replay FROM PUBLIC;
 REVOKE ALL ON FUNCTION idempotency_release FROM PUBLIC;
+REVOKE ALL ON FUNCTION idempotency_checkpoint FROM PUBLIC;
+REVOKE ALL ON FUNCTION idempotency_run FROM PUBLIC;
+REVOKE ALL ON FUNCTION idempotency_first_seen FROM PUBLIC;
 REVOKE ALL ON FUNCTION idempotency_request_hash FROM PUBLIC;
+REVOKE ALL ON FUNCTION idempotency_event_key FROM PUBLIC;
 REVOKE ALL ON PROCEDURE idempotency_sweep FROM PUBLIC;
 REVOKE ALL ON FUNCTION idempotency_in_flight FROM PUBLIC;
 REVOKE ALL ON FUNCTION idempotency_tracking FROM PUBLIC;
 
 GRANT SELECT ON idempotency_in_flight TO pg_monitor;
+GRANT SELECT ON idempotency_stalled TO pg_monitor;
 GRANT EXECUTE ON FUNCTION idempotency_in_flight TO pg_monitor;
 GRANT EXECUTE ON FUNCTION idempotency_tracking TO pg_monitor;

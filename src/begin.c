@@ -3,10 +3,12 @@
  * begin.c
  *	  begin, try_begin and replay: what a request is told.
  *
- * How begin decides.  It looks for a live record, and if there is none it
- * tries to get the lock of the scope, without waiting:
+ * How begin decides.  It looks for a live record, and if there is none, or
+ * only that of a leased claim that nobody holds any more, it tries to get the
+ * lock of the scope, without waiting:
  *
- *		live record						replayed, or mismatch
+ *		an answer						replayed, or mismatch
+ *		a lease that has not run out	in flight, or mismatch
  *		none, and the lock is ours		started
  *		none, and it is not				in flight, or mismatch
  *
@@ -21,19 +23,26 @@
  * not touch it, and one that had to wait for it gives it back before it
  * returns, so that repeats do not wait for each other's transactions.
  *
- * Waiting changes nothing of this: when the wait is over, with the lock or
- * without, begin looks again and decides by the same table.
+ * Where there is a row to be taken over or replaced by that of a leased claim,
+ * it is locked too, and checked once more as it is then (lease.c says why).
+ *
+ * Waiting changes nothing of this: when the wait is over, for whatever reason,
+ * begin looks again and decides by the same table, until it has something
+ * better to say than "in flight" or the time is up.  It waits for the lock of
+ * the scope if that is what another transaction has, and otherwise for the
+ * lease to end or run out, without the lock.
  *
  *-------------------------------------------------------------------------
  */
 #include "idempotency.h"
 
+#include "begin.h"
 #include "call.h"
-#include "claim.h"
-#include "in_flight.h"
+#include "lease.h"
+#include "miscadmin.h"
 #include "result.h"
-#include "store.h"
 #include "utils/timestamp.h"
+#include "wake.h"
 
 /* A claim is asked for again no later than this, however long it was held */
 #define MAX_RETRY_AFTER_SECS	60
@@ -56,6 +65,7 @@ enum
 	BEGIN_ACTOR,
 	BEGIN_TTL,
 	BEGIN_WAIT,
+	BEGIN_LEASE,
 	BEGIN_REQUEST_HASH
 };
 
@@ -70,28 +80,22 @@ enum
 	REPLAY_REQUEST_HASH
 };
 
-/* A call of begin, and what it finds */
-typedef struct Request
-{
-	Scope		scope;
-	Fingerprint fingerprint;
-	int64		ttl;			/* microseconds */
-	int64		error_ttl;		/* microseconds */
-	int			wait_ms;
-	Store		store;
-	RecordLife	life;
-	Record		record;			/* unless life is RECORD_ABSENT */
-	bool		tracked;		/* somebody else's claim is known: */
-	InFlightClaim holder;
-} Request;
-
 static Datum begin_request(FunctionCallInfo fcinfo, const char *function,
 						   bool raise);
 static Outcome decide(Request *request);
+static Outcome decide_now(Request *request);
+static Outcome decide_by_record(Request *request);
+static Outcome decide_by_lock(Request *request);
+static void wait_for_holder(Request *request, int wait_ms);
 static bool look_up(Request *request);
+static RowLock lock_row(Request *request);
+static void unlock(Request *request);
 static bool mismatches_record(const Request *request);
+static Claim *start(Request *request);
 static void raise_outcome(const Request *request, Outcome outcome);
 static void raise_in_flight(const Request *request);
+static bool is_leased(const Request *request);
+static int64 get_rest_of_lease(const Request *request);
 static int64 get_retry_after(const Request *request);
 
 PG_FUNCTION_INFO_V1(idempotency_begin);
@@ -100,7 +104,7 @@ PG_FUNCTION_INFO_V1(idempotency_replay);
 
 /*
  * idempotency_begin(tenant text, action text, key text, request jsonb,
- *					 actor text, ttl interval, wait interval,
+ *					 actor text, ttl interval, wait interval, lease interval,
  *					 request_hash bytea) returns idempotency_result
  *
  * Claim a request, or get the answer that was given before.
@@ -147,11 +151,11 @@ idempotency_replay(PG_FUNCTION_ARGS)
 							 REPLAY_REQUEST, REPLAY_REQUEST_HASH);
 
 	StoreOpen(&request.store, AccessShareLock);
-	if (look_up(&request) && StoreGetState(&request.record) != RECORD_PENDING)
+	if (look_up(&request) && RecordGetState(&request.record) != RECORD_PENDING)
 	{
 		if (mismatches_record(&request))
 			raise_outcome(&request, OUTCOME_MISMATCHED);
-		result = ResultReplayed(&request.record);
+		result = ResultAnswer("replayed", &request.record);
 	}
 	else
 		result = ResultNone();
@@ -161,13 +165,56 @@ idempotency_replay(PG_FUNCTION_ARGS)
 }
 
 /*
+ * Begin a request, for begin and for run.
+ *
+ * Returns the claim if it is ours, and *result is then what begin returns.
+ * Otherwise returns null, and *result is the stored answer or, unless they are
+ * to be raised as errors, that the request is in flight or mismatched.
+ *
+ * Errors: ID003 and ID004 if so asked, ID005, 40001.
+ */
+Claim *
+BeginRequest(Request *request, bool raise, Datum *result)
+{
+	Claim	   *claim = NULL;
+	Outcome		outcome;
+
+	if (ClaimFindHeld(&request->scope) != NULL)
+		ereport(ERROR,
+				(errcode(ERRCODE_IDEMPOTENCY_NO_CLAIM),
+				 errmsg("request was already begun by this transaction"),
+				 errhint("Call idempotency_finish or idempotency_release first.")));
+
+	StoreOpen(&request->store, RowExclusiveLock);
+	outcome = decide(request);
+
+	if (outcome == OUTCOME_STARTED)
+	{
+		claim = start(request);
+		*result = ResultStarted(&claim->facts,
+								claim->takes_over ? &request->record : NULL);
+	}
+	else if (outcome == OUTCOME_REPLAYED)
+		*result = ResultAnswer("replayed", &request->record);
+	else
+	{
+		if (raise)
+			raise_outcome(request, outcome);
+		*result = outcome == OUTCOME_MISMATCHED ? ResultMismatched() :
+			ResultInFlight(get_retry_after(request));
+	}
+	StoreClose(&request->store);
+
+	return claim;
+}
+
+/*
  * Workhorse of begin and try_begin.
  */
 static Datum
 begin_request(FunctionCallInfo fcinfo, const char *function, bool raise)
 {
 	Request		request;
-	Outcome		outcome;
 	Datum		result;
 
 	CallNeedsReadWrite(function);
@@ -177,90 +224,148 @@ begin_request(FunctionCallInfo fcinfo, const char *function, bool raise)
 	request.ttl = CallReadTtl(fcinfo, BEGIN_TTL);
 	request.error_ttl = CallReadErrorTtl();
 	request.wait_ms = CallReadWait(fcinfo, BEGIN_WAIT);
+	request.lease = 0;
+	if (!PG_ARGISNULL(BEGIN_LEASE))
+		request.lease = CallReadLease(fcinfo, BEGIN_LEASE);
 
-	if (ClaimFindHeld(&request.scope) != NULL)
-		ereport(ERROR,
-				(errcode(ERRCODE_IDEMPOTENCY_NO_CLAIM),
-				 errmsg("request was already begun by this transaction"),
-				 errhint("Call idempotency_finish or idempotency_release first.")));
-
-	StoreOpen(&request.store, RowExclusiveLock);
-	outcome = decide(&request);
-
-	if (outcome == OUTCOME_STARTED)
-	{
-		Claim	   *claim = ClaimAdd(&request.scope, &request.fingerprint);
-
-		claim->ttl = request.ttl;
-		claim->error_ttl = request.error_ttl;
-		claim->replaces = (request.life == RECORD_EXPIRED);
-		result = ResultStarted(claim->started_at);
-	}
-	else if (outcome == OUTCOME_REPLAYED)
-		result = ResultReplayed(&request.record);
-	else
-	{
-		if (raise)
-			raise_outcome(&request, outcome);
-		result = outcome == OUTCOME_MISMATCHED ? ResultMismatched() :
-			ResultInFlight(get_retry_after(&request));
-	}
-	StoreClose(&request.store);
-
+	(void) BeginRequest(&request, raise, &result);
 	return result;
 }
 
 /*
- * Decide what becomes of a request.  The head of this file says how.
+ * Decide what becomes of a request, and wait if that can help.
  *
  * With OUTCOME_STARTED the lock of the scope is held, otherwise it is not.
  */
 static Outcome
 decide(Request *request)
 {
-	int			wait_ms = request->wait_ms;
-	bool		tried = false;
-	bool		locked = false;
+	TimestampTz deadline = 0;
 	Outcome		outcome;
 
+	request->locked = false;
+	request->woken = false;
+	if (request->wait_ms > 0)
+		deadline = GetCurrentTimestamp() + (int64) request->wait_ms * 1000;
+
+	while ((outcome = decide_now(request)) == OUTCOME_IN_FLIGHT &&
+		   request->wait_ms > 0)
+	{
+		long		rest_ms = TimestampDifferenceMilliseconds(GetCurrentTimestamp(),
+															  deadline);
+
+		if (rest_ms <= 0)
+			break;
+		wait_for_holder(request, (int) rest_ms);
+	}
+
+	if (request->woken)
+		WakeDone();
+	return outcome;
+}
+
+/*
+ * Decide what becomes of a request as things are.  The head of this file says
+ * how.
+ */
+static Outcome
+decide_now(Request *request)
+{
+	bool		tried = request->locked;
+
+	request->locked_out = false;
 	request->tracked = false;
 
-	while (!look_up(request))
+	for (;;)
 	{
+		CHECK_FOR_INTERRUPTS();
+
+		if (look_up(request) &&
+			!LeaseIsOver(&request->record, GetCurrentTimestamp()))
+			return decide_by_record(request);
+
 		if (!tried)
 		{
 			tried = true;
 			ScopeSetLocktag(&request->scope);
-			locked = ClaimTryLock(&request->scope.locktag);
+			request->locked = ClaimTryLock(&request->scope.locktag);
 			if (!StoreIsCurrent(&request->store))
 				continue;
 		}
-		if (locked)
-			return OUTCOME_STARTED;
+		if (!request->locked)
+			return decide_by_lock(request);
 
-		request->tracked = InFlightFind(&request->scope, &request->holder);
-		if (request->tracked &&
-			FingerprintDiffers(&request->fingerprint,
-							   &request->holder.fingerprint))
-			return OUTCOME_MISMATCHED;
-		if (wait_ms == 0)
-			return OUTCOME_IN_FLIGHT;
+		if (request->life == RECORD_LIVE && mismatches_record(request))
+			return decide_by_record(request);
 
-		locked = ClaimWaitLock(&request->scope.locktag, wait_ms);
-		wait_ms = 0;
+		switch (lock_row(request))
+		{
+			case ROW_LOCKED:
+				return OUTCOME_STARTED;
+			case ROW_BUSY:
+				unlock(request);
+				return OUTCOME_IN_FLIGHT;
+			case ROW_GONE:
+				break;
+		}
 	}
+}
+
+/*
+ * Decide by a record that is an answer, or that of a claim which is held.
+ */
+static Outcome
+decide_by_record(Request *request)
+{
+	unlock(request);
 
 	if (mismatches_record(request))
-		outcome = OUTCOME_MISMATCHED;
-	else if (StoreGetState(&request->record) == RECORD_PENDING)
-		outcome = OUTCOME_IN_FLIGHT;
-	else
-		outcome = OUTCOME_REPLAYED;
+		return OUTCOME_MISMATCHED;
+	if (RecordGetState(&request->record) == RECORD_PENDING)
+		return OUTCOME_IN_FLIGHT;
+	return OUTCOME_REPLAYED;
+}
 
-	request->tracked = false;
-	if (locked)
-		ClaimUnlock(&request->scope.locktag);
-	return outcome;
+/*
+ * Decide by what is known of the transaction that has the lock.
+ */
+static Outcome
+decide_by_lock(Request *request)
+{
+	request->locked_out = true;
+	request->tracked = InFlightFind(&request->scope, &request->holder);
+	if (request->tracked &&
+		FingerprintDiffers(&request->fingerprint,
+						   &request->holder.facts.fingerprint))
+		return OUTCOME_MISMATCHED;
+	return OUTCOME_IN_FLIGHT;
+}
+
+/*
+ * Wait until there may be something else to say than "in flight", at most
+ * wait_ms milliseconds.
+ */
+static void
+wait_for_holder(Request *request, int wait_ms)
+{
+	if (request->locked_out)
+	{
+		request->locked = ClaimWaitLock(&request->scope.locktag, wait_ms);
+		return;
+	}
+
+	ScopeSetLocktag(&request->scope);
+	if (!request->woken)
+	{
+		/* what happened before we were ready to be woken needs another look */
+		WakePrepare(&request->scope);
+		request->woken = true;
+		return;
+	}
+
+	if (is_leased(request))
+		wait_ms = Min(wait_ms, (get_rest_of_lease(request) + 999) / 1000);
+	WakeSleep(&request->scope, wait_ms);
 }
 
 /*
@@ -271,7 +376,54 @@ look_up(Request *request)
 {
 	request->life = StoreFind(&request->store, &request->scope,
 							  GetCurrentTimestamp(), &request->record);
-	return request->life == RECORD_LIVE;
+	if (request->life != RECORD_LIVE)
+		return false;
+
+	StoreCheckSerializable(&request->store);
+	return true;
+}
+
+/*
+ * Lock the row that we are about to take over or to replace, if there is one.
+ *
+ * The result is ROW_GONE also when it is not any more what was found.  Who has
+ * a pending row locked is just ending the claim, and may take long to commit.
+ * Anybody else is a sweep.
+ */
+static RowLock
+lock_row(Request *request)
+{
+	RecordLife	life = request->life;
+	Record	   *record = &request->record;
+	TimestampTz now = GetCurrentTimestamp();
+	RowLock		lock;
+
+	/* a transaction claim leaves an expired record to finish */
+	if (life == RECORD_ABSENT || (life == RECORD_EXPIRED && request->lease == 0))
+		return ROW_LOCKED;
+
+	lock = StoreLock(&request->store,
+					 RecordGetState(record) != RECORD_PENDING, record);
+	if (lock != ROW_LOCKED)
+		return lock;
+
+	if (life == RECORD_EXPIRED)
+		return DatumGetTimestampTz(RecordValue(record, expires_at)) <= now ?
+			ROW_LOCKED : ROW_GONE;
+
+	StoreCheckSerializable(&request->store);
+	return LeaseIsOver(record, now) ? ROW_LOCKED : ROW_GONE;
+}
+
+/*
+ * Give back the lock of the scope, if we have it.
+ */
+static void
+unlock(Request *request)
+{
+	if (request->locked)
+		ClaimUnlock(&request->scope.locktag);
+	request->locked = false;
 }
 
 static bool
@@ -285,6 +437,49 @@ mismatches_record(const Request *request)
 
 	FingerprintFromBytea(&stored, RecordValue(&request->record, request_hash));
 	return FingerprintDiffers(&request->fingerprint, &stored);
+}
+
+/*
+ * The claim is ours.  Note it, and write its row if it is one with a lease, or
+ * was.
+ */
+static Claim *
+start(Request *request)
+{
+	Claim	   *claim;
+	Record	   *record = &request->record;
+	bool		takes_over = (request->life == RECORD_LIVE);
+	TimestampTz now = GetCurrentTimestamp();
+	ClaimFacts	facts = {
+		.attempt = 1,
+		.started_at = now,
+		.lease_expires_at = request->lease > 0 ? now + request->lease : DT_NOEND,
+		.fingerprint = request->fingerprint,
+	};
+
+	if (takes_over || (request->life == RECORD_EXPIRED && request->lease > 0))
+		facts.attempt = DatumGetInt32(RecordValue(record, attempt)) + 1;
+
+	if (takes_over)
+	{
+		if (facts.fingerprint.len == 0 && !RecordIsNull(record, request_hash))
+			FingerprintFromBytea(&facts.fingerprint,
+								 RecordValue(record, request_hash));
+		LeaseTakeOver(&request->store, record, &facts, request->ttl);
+	}
+	else if (request->lease > 0)
+	{
+		if (request->life == RECORD_EXPIRED)
+			(void) StoreDelete(&request->store, true);
+		LeaseInsert(&request->store, &request->scope, &facts, request->ttl);
+	}
+
+	claim = ClaimAdd(&request->scope, &facts);
+	claim->replaces = (request->life == RECORD_EXPIRED);
+	claim->takes_over = takes_over;
+	claim->ttl = request->ttl;
+	claim->error_ttl = request->error_ttl;
+	return claim;
 }
 
 /*
@@ -312,12 +507,16 @@ raise_in_flight(const Request *request)
 	double		held = 0;
 
 	if (request->tracked)
-		held = Max(GetCurrentTimestamp() - holder->started_at, 0) /
+		held = Max(GetCurrentTimestamp() - holder->facts.started_at, 0) /
 			(double) USECS_PER_SEC;
 
 	ereport(ERROR,
 			(errcode(ERRCODE_IDEMPOTENCY_IN_FLIGHT),
 			 errmsg("request with this idempotency key is in flight"),
+			 is_leased(request) ?
+			 errdetail("The lease of attempt %d runs out in %.3f s.",
+					   DatumGetInt32(RecordValue(&request->record, attempt)),
+					   get_rest_of_lease(request) / (double) USECS_PER_SEC) :
 			 !request->tracked ? 0 :
 			 holder->pid != 0 ?
 			 errdetail("Process %d has held the claim for %.3f s.",
@@ -325,14 +524,39 @@ raise_in_flight(const Request *request)
 			 errdetail("A prepared transaction has held the claim for %.3f s.",
 					   held),
 			 errhint("Retry after %d s.",
-					 (int) (get_retry_after(request) / USECS_PER_SEC))));
+					 (int) ((get_retry_after(request) + USECS_PER_SEC - 1) /
+							USECS_PER_SEC))));
+}
+
+/*
+ * Whether a request is in flight because of a lease that has not run out.
+ */
+static bool
+is_leased(const Request *request)
+{
+	return !request->locked_out && request->life == RECORD_LIVE &&
+		!RecordIsNull(&request->record, lease_expires_at) &&
+		get_rest_of_lease(request) > 0;
+}
+
+/*
+ * How long the lease of the record will last, in microseconds.
+ */
+static int64
+get_rest_of_lease(const Request *request)
+{
+	TimestampTz end = DatumGetTimestampTz(RecordValue(&request->record,
+													  lease_expires_at));
+
+	return Max(end - GetCurrentTimestamp(), 0);
 }
 
 /*
  * When a repeat of a request in flight should come again, in microseconds.
  *
- * What has taken long will probably take longer, so the longer the claim was
- * held, the later; but never later than a client would want to wait.
+ * A lease says how long it lasts.  Of a transaction claim is only known since
+ * when it is held: what has taken long will probably take longer, so the
+ * longer, the later; but never later than a client would want to wait.
  */
 static int64
 get_retry_after(const Request *request)
@@ -340,8 +564,11 @@ get_retry_after(const Request *request)
 	int64		least = (int64) idempotency_retry_after;
 	int64		held = 0;
 
+	if (is_leased(request))
+		return get_rest_of_lease(request);
+
 	if (request->tracked)
-		held = (GetCurrentTimestamp() - request->holder.started_at +
+		held = (GetCurrentTimestamp() - request->holder.facts.started_at +
 				USECS_PER_SEC - 1) / USECS_PER_SEC;
 
 	return Max(least, Min(held, MAX_RETRY_AFTER_SECS)) * USECS_PER_SEC;

@@ -7,12 +7,14 @@
  */
 #include "idempotency.h"
 
+#include "access/detoast.h"
 #include "access/xact.h"
 #include "call.h"
 #include "miscadmin.h"
 #include "utils/timestamp.h"
 
-static int64 setting_to_usecs(const char *name, int secs);
+static int64 check_setting(const char *name, int64 usecs);
+static bool fits_max_ttl(int64 usecs);
 
 /*
  * Refuse to begin or finish what could not be written.
@@ -39,11 +41,12 @@ CallReadTtl(FunctionCallInfo fcinfo, int argument)
 	int64		ttl;
 
 	if (PG_ARGISNULL(argument))
-		return setting_to_usecs("idempotency.ttl", idempotency_ttl);
+		return check_setting("idempotency.ttl",
+							 (int64) idempotency_ttl * USECS_PER_SEC);
 
 	ttl = CallIntervalToUsecs(PG_GETARG_INTERVAL_P(argument));
 	if (ttl < (int64) MIN_TTL_SECS * USECS_PER_SEC ||
-		ttl > (int64) idempotency_max_ttl * USECS_PER_SEC)
+		!fits_max_ttl(ttl))
 		ereport(ERROR,
 				(errcode(ERRCODE_IDEMPOTENCY_MALFORMED),
 				 errmsg("ttl is out of range"),
@@ -58,7 +61,31 @@ CallReadTtl(FunctionCallInfo fcinfo, int argument)
 int64
 CallReadErrorTtl(void)
 {
-	return setting_to_usecs("idempotency.error_ttl", idempotency_error_ttl);
+	return check_setting("idempotency.error_ttl",
+						 (int64) idempotency_error_ttl * USECS_PER_SEC);
+}
+
+/*
+ * The length of a lease in microseconds: by the argument, or else by the
+ * setting.
+ */
+int64
+CallReadLease(FunctionCallInfo fcinfo, int argument)
+{
+	int64		lease;
+
+	if (PG_ARGISNULL(argument))
+		return check_setting("idempotency.lease",
+							 (int64) idempotency_lease * 1000);
+
+	lease = CallIntervalToUsecs(PG_GETARG_INTERVAL_P(argument));
+	if (lease < 1000 || !fits_max_ttl(lease))
+		ereport(ERROR,
+				(errcode(ERRCODE_IDEMPOTENCY_MALFORMED),
+				 errmsg("lease is out of range"),
+				 errdetail("It must be from 1 ms to %d s, which is \"idempotency.max_ttl\".",
+						   idempotency_max_ttl)));
+	return lease;
 }
 
 /*
@@ -84,6 +111,32 @@ CallReadWait(FunctionCallInfo fcinfo, int argument)
 }
 
 /*
+ * The size of a value that is to be stored, in bytes.
+ */
+Size
+CallGetSize(const NullableDatum *argument)
+{
+	if (argument->isnull)
+		return 0;
+	return toast_raw_datum_size(argument->value) - VARHDRSZ;
+}
+
+/*
+ * Refuse what is too large to be kept.
+ */
+void
+CallCheckSize(const char *what, Size size)
+{
+	if (size > (Size) idempotency_max_response_size)
+		ereport(ERROR,
+				(errcode(ERRCODE_IDEMPOTENCY_TOO_LARGE),
+				 errmsg("%s is too large to be stored", what),
+				 errdetail("Its size in bytes is %zu, and \"idempotency.max_response_size\" is %d.",
+						   size, idempotency_max_response_size),
+				 errhint("Store a reference to it instead.")));
+}
+
+/*
  * An interval in microseconds, with days of 24 hours and months of 30 days;
  * what does not fit is beyond any bound, and PG_INT64_MAX or PG_INT64_MIN.
  */
@@ -103,19 +156,26 @@ CallIntervalToUsecs(const Interval *interval)
 }
 
 /*
- * A setting of a lifetime in microseconds.
+ * Check the setting of a lifetime, in microseconds.
  *
  * It can be above max_ttl when it comes from the configuration file, or when
  * max_ttl was lowered after it was set.
  */
 static int64
-setting_to_usecs(const char *name, int secs)
+check_setting(const char *name, int64 usecs)
 {
-	if (secs > idempotency_max_ttl)
+	if (!fits_max_ttl(usecs))
 		ereport(ERROR,
 				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
-				 errmsg("invalid value for parameter \"%s\": %d s", name, secs),
+				 errmsg("invalid value for parameter \"%s\": %d s", name,
+						(int) (usecs / USECS_PER_SEC)),
 				 errdetail("The value must be at most \"idempotency.max_ttl\", %d s.",
 						   idempotency_max_ttl)));
-	return (int64) secs * USECS_PER_SEC;
+	return usecs;
+}
+
+static bool
+fits_max_ttl(int64 usecs)
+{
+	return usecs <= (int64) idempotency_max_ttl * USECS_PER_SEC;
 }

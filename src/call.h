@@ -16,7 +16,10 @@
 extern void CallNeedsReadWrite(const char *function);
 extern int64 CallReadTtl(FunctionCallInfo fcinfo, int argument);
 extern int64 CallReadErrorTtl(void);
+extern int64 CallReadLease(FunctionCallInfo fcinfo, int argument);
 extern int	CallReadWait(FunctionCallInfo fcinfo, int argument);
+extern Size CallGetSize(const NullableDatum *argument);
+extern void CallCheckSize(const char *what, Size size);
 extern int64 CallIntervalToUsecs(const Interval *interval);
 
 #endif							/* IDEMPOTENCY_CALL_H */

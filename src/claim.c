@@ -1,7 +1,7 @@
 /*-------------------------------------------------------------------------
  *
  * claim.c
- *	  Transaction claims: their locks, and what the transaction must know.
+ *	  The claims of this transaction: their locks, and what it must know.
  *
  * A transaction claim is a lock on the scope and an entry in a list of this
  * backend.  Nothing is written for it, so a rollback leaves nothing behind,
@@ -35,6 +35,11 @@
  * work whose answer nobody will find, so that the next repeat would do it
  * again.  It is refused before it commits.
  *
+ * Leased claims.  One that this transaction began is in the list too, with its
+ * lock: until the commit its record is not there for others.  The commit then
+ * makes it the claim of whoever knows the attempt (see lease.c), and the guard
+ * has nothing against that.
+ *
  *-------------------------------------------------------------------------
  */
 #include "idempotency.h"
@@ -48,7 +53,6 @@
 #include "utils/guc.h"
 #include "utils/memutils.h"
 #include "utils/resowner.h"
-#include "utils/timestamp.h"
 
 static void at_end_of_xact(XactEvent event, void *arg);
 static void at_end_of_subxact(SubXactEvent event, SubTransactionId mySubid,
@@ -150,7 +154,7 @@ ClaimUnlock(const LOCKTAG *locktag)
  * Note that this (sub)transaction has a claim, whose lock it just got.
  */
 Claim *
-ClaimAdd(const Scope *scope, const Fingerprint *fingerprint)
+ClaimAdd(const Scope *scope, const ClaimFacts *facts)
 {
 	Claim	   *claim;
 
@@ -161,13 +165,13 @@ ClaimAdd(const Scope *scope, const Fingerprint *fingerprint)
 	claim->held_level = GetCurrentTransactionNestLevel();
 	claim->ended_level = 0;
 	claim->replaces = false;
+	claim->takes_over = false;
 	claim->ttl = 0;
 	claim->error_ttl = 0;
-	claim->started_at = GetCurrentTimestamp();
-	claim->fingerprint = *fingerprint;
+	claim->facts = *facts;
 	memcpy(&claim->name, &scope->name, SizeOfScopeName(&scope->name));
 	claim->tracked = InFlightTrack(&claim->locktag, &claim->name,
-								   &claim->fingerprint, claim->started_at);
+								   &claim->facts);
 
 	claim->next = claims;
 	claims = claim;
@@ -278,7 +282,7 @@ guard_commit(void)
 {
 	for (Claim *claim = claims; claim != NULL; claim = claim->next)
 	{
-		if (claim->ended_level != 0)
+		if (claim->ended_level != 0 || claim_is_leased(&claim->facts))
 			continue;
 
 		ereport(idempotency_commit_guard ? ERROR : WARNING,
@@ -369,8 +373,7 @@ untrack(const Claim *claim)
 		if (memcmp(&older->locktag, &claim->locktag, sizeof(LOCKTAG)) == 0)
 		{
 			older->tracked = InFlightTrack(&older->locktag, &older->name,
-										   &older->fingerprint,
-										   older->started_at);
+										   &older->facts);
 			return;
 		}
 	}

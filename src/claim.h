@@ -1,7 +1,7 @@
 /*-------------------------------------------------------------------------
  *
  * claim.h
- *	  Transaction claims.
+ *	  The claims of this transaction.
  *
  *-------------------------------------------------------------------------
  */
@@ -11,7 +11,7 @@
 #include "postgres.h"
 
 #include "datatype/timestamp.h"
-#include "fingerprint.h"
+#include "in_flight.h"
 #include "scope.h"
 
 /* A claim that this transaction began */
@@ -23,10 +23,10 @@ typedef struct Claim
 	int			ended_level;	/* the one that ended it, 0 while it is held */
 	bool		tracked;		/* has an entry in shared memory */
 	bool		replaces;		/* there was an expired record */
-	TimestampTz started_at;
+	bool		takes_over;		/* there is the record of a lease, now ours */
 	int64		ttl;			/* to keep a completed answer, microseconds */
 	int64		error_ttl;		/* to keep a final error, microseconds */
-	Fingerprint fingerprint;
+	ClaimFacts	facts;
 	ScopeName	name;			/* allocated as long as needed */
 } Claim;
 
@@ -34,7 +34,7 @@ extern void ClaimInit(void);
 extern bool ClaimTryLock(const LOCKTAG *locktag);
 extern bool ClaimWaitLock(const LOCKTAG *locktag, int wait_ms);
 extern void ClaimUnlock(const LOCKTAG *locktag);
-extern Claim *ClaimAdd(const Scope *scope, const Fingerprint *fingerprint);
+extern Claim *ClaimAdd(const Scope *scope, const ClaimFacts *facts);
 extern Claim *ClaimFindHeld(const Scope *scope);
 extern void ClaimEnd(Claim *claim);
 extern void ClaimForget(Claim *claim);

@@ -20,6 +20,7 @@
 
 #include "access/genam.h"
 #include "access/table.h"
+#include "access/tableam.h"
 #include "catalog/pg_extension.h"
 #include "commands/extension.h"
 #include "executor/executor.h"
@@ -40,6 +41,10 @@
 /* RelationGetPrimaryKeyIndex() learned to return a deferrable one */
 #define RelationGetPrimaryKeyIndex(rel, deferrable_ok) \
 	RelationGetPrimaryKeyIndex(rel)
+
+/* ExecCheckIndexConstraints() got the row that is to be passed over */
+#define ExecCheckIndexConstraints(rri, slot, estate, conflict, tupleid, arbiters) \
+	ExecCheckIndexConstraints(rri, slot, estate, conflict, arbiters)
 
 #endif							/* before 18 */
 
@@ -68,6 +73,15 @@ copy_guc_variables(int *num_vars)
 #define ExecInsertIndexTuples(rri, slot, estate, update, nodup, spec, arbiters, summarizing) \
 	ExecInsertIndexTuples(rri, slot, estate, update, nodup, spec, arbiters)
 
+/* An update told only whether there is anything to do for indexes */
+#define TU_UpdateIndexes	bool
+#define TU_None				false
+
+/* The right to use an object was asked for by a function for each kind */
+#define object_aclcheck(classid, objectid, roleid, mode) \
+	(AssertMacro((classid) == ProcedureRelationId), \
+	 pg_proc_aclcheck(objectid, roleid, mode))
+
 /* get_extension_schema() was private to extension.c */
 static inline Oid
 get_extension_schema(Oid ext_oid)
@@ -91,5 +105,18 @@ get_extension_schema(Oid ext_oid)
 }
 
 #endif							/* before 16 */
+
+/*
+ * Whether an update left all indexes alone but those that summarize blocks.
+ */
+static inline bool
+updates_only_summarizing(TU_UpdateIndexes update_indexes)
+{
+#if PG_VERSION_NUM >= 160000
+	return update_indexes == TU_Summarizing;
+#else
+	return false;
+#endif
+}
 
 #endif							/* IDEMPOTENCY_COMPAT_H */

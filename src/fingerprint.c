@@ -109,8 +109,6 @@ void
 FingerprintFromArguments(Fingerprint *fingerprint, FunctionCallInfo fcinfo,
 						 int request_argument, int hash_argument)
 {
-	fingerprint->len = 0;
-
 	if (!PG_ARGISNULL(hash_argument))
 	{
 		bytea	   *digest = PG_GETARG_BYTEA_PP(hash_argument);
@@ -131,10 +129,22 @@ FingerprintFromArguments(Fingerprint *fingerprint, FunctionCallInfo fcinfo,
 
 		FingerprintFromBytea(fingerprint, PointerGetDatum(digest));
 	}
-	else if (!PG_ARGISNULL(request_argument))
+	else
+		FingerprintFromRequest(fingerprint, &fcinfo->args[request_argument]);
+}
+
+/*
+ * Get the fingerprint of a request, jsonb; that of null is not known.
+ */
+void
+FingerprintFromRequest(Fingerprint *fingerprint, const NullableDatum *request)
+{
+	fingerprint->len = 0;
+
+	if (!request->isnull)
 	{
 		fingerprint->len = PG_SHA256_DIGEST_LENGTH;
-		hash_request(PG_GETARG_JSONB_P(request_argument), fingerprint->data);
+		hash_request(DatumGetJsonbP(request->value), fingerprint->data);
 	}
 }
 

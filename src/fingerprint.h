@@ -26,6 +26,8 @@ extern void FingerprintFromArguments(Fingerprint *fingerprint,
 									 FunctionCallInfo fcinfo,
 									 int request_argument,
 									 int hash_argument);
+extern void FingerprintFromRequest(Fingerprint *fingerprint,
+								   const NullableDatum *request);
 extern bool FingerprintDiffers(const Fingerprint *a, const Fingerprint *b);
 extern void FingerprintFromBytea(Fingerprint *fingerprint, Datum value);
 extern Datum FingerprintGetBytea(const Fingerprint *fingerprint);

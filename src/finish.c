@@ -6,20 +6,22 @@
  * finish writes the record, the only row that a request with a transaction
  * claim costs.  It is inserted without looking for an old one first; begin
  * has looked, and since then the lock of the scope kept others away.  Only
- * where begin saw an expired record is there a row to be deleted before.
- * Whoever got past the lock all the same is met in the unique index (see
- * store.c).
+ * where begin saw an expired record is there a row to be deleted before, and
+ * where it took over a stalled lease, one to be updated.  Whoever got past the
+ * lock all the same is met in the unique index (see store.c).
+ *
+ * A leased claim has its row already.  It may have been begun in another
+ * transaction, and is named by its attempt (see lease.c).
  *
  *-------------------------------------------------------------------------
  */
 #include "idempotency.h"
 
-#include "access/detoast.h"
 #include "call.h"
-#include "claim.h"
-#include "status.h"
-#include "store.h"
+#include "finish.h"
+#include "lease.h"
 #include "utils/builtins.h"
+#include "utils/datum.h"
 #include "utils/timestamp.h"
 
 /* Arguments of finish */
@@ -32,6 +34,7 @@ enum
 	FINISH_RESPONSE,
 	FINISH_HEADERS,
 	FINISH_ACTOR,
+	FINISH_ATTEMPT,
 	FINISH_BODY
 };
 
@@ -41,108 +44,137 @@ enum
 	RELEASE_TENANT,
 	RELEASE_ACTION,
 	RELEASE_KEY,
-	RELEASE_ACTOR
+	RELEASE_ACTOR,
+	RELEASE_ATTEMPT
 };
 
-static void check_answer(FunctionCallInfo fcinfo);
-static void check_size(FunctionCallInfo fcinfo);
+static void check_size(const Answer *answer);
+static Claim *find_claim(const Scope *scope, FunctionCallInfo fcinfo,
+						 int attempt_argument);
+static void refuse_unnamed_lease(const Scope *scope);
+static StatusClass finish_lease(Scope *scope, int attempt,
+								const Answer *answer);
+static bool is_finished(const Record *record, StatusClass class,
+						const Answer *answer);
+static bool same_value(Datum stored, bool stored_isnull,
+					   const NullableDatum *given, int typlen);
+static bool release_lease(Scope *scope, int attempt);
 static void write_record(const Scope *scope, const Claim *claim,
-						 StatusClass class, FunctionCallInfo fcinfo);
-static void set_column(Record *record, int column, Datum value);
-static void set_argument(Record *record, int column,
-						 FunctionCallInfo fcinfo, int argument);
+						 Record *record);
+static void set_answer(Record *record, StatusClass class, const Answer *answer,
+					   TimestampTz now);
 
 PG_FUNCTION_INFO_V1(idempotency_finish);
 PG_FUNCTION_INFO_V1(idempotency_release);
 
 /*
  * idempotency_finish(tenant text, action text, key text, status_code int,
- *					  response json, headers jsonb, actor text, body bytea)
- *					  returns text
+ *					  response json, headers jsonb, actor text, attempt int,
+ *					  body bytea) returns text
  *
  * Store the answer and end the claim.  Returns what became of the request:
  * completed, errored or released.
  *
  * Errors: ID001, ID002, ID005 without a claim, ID007 for too large an answer,
- * 25006, 42501.
+ * 25006, 40001 in a serializable transaction, 42501.
  */
 Datum
 idempotency_finish(PG_FUNCTION_ARGS)
 {
-	static const char *const names[] = {
-		[STATUS_COMPLETED] = "completed",
-		[STATUS_ERRORED] = "errored",
-		[STATUS_RELEASED] = "released",
-	};
 	Scope		scope;
 	Claim	   *claim;
+	Record		record;
 	StatusClass class;
+	Answer		answer = {
+		.status_code = fcinfo->args[FINISH_STATUS_CODE],
+		.response = fcinfo->args[FINISH_RESPONSE],
+		.headers = fcinfo->args[FINISH_HEADERS],
+		.body = fcinfo->args[FINISH_BODY],
+	};
 
 	CallNeedsReadWrite("idempotency_finish()");
 	ScopeFromArguments(&scope, fcinfo, FINISH_ACTOR);
-	check_answer(fcinfo);
+	FinishCheckAnswer(&answer);
 
-	claim = ClaimFindHeld(&scope);
-	if (claim == NULL)
+	claim = find_claim(&scope, fcinfo, FINISH_ATTEMPT);
+	if (claim != NULL && !claim_is_leased(&claim->facts))
+		class = FinishClaim(&scope, claim, &answer, &record);
+	else if (!PG_ARGISNULL(FINISH_ATTEMPT))
+	{
+		class = finish_lease(&scope, PG_GETARG_INT32(FINISH_ATTEMPT), &answer);
+		if (claim != NULL)
+			ClaimEnd(claim);
+	}
+	else
+	{
+		refuse_unnamed_lease(&scope);
 		ereport(ERROR,
 				(errcode(ERRCODE_IDEMPOTENCY_NO_CLAIM),
 				 errmsg("no such claim"),
 				 errdetail("This transaction did not begin the request, or has already finished it."),
 				 errhint("Do the work only when the outcome of idempotency_begin is \"started\".")));
-
-	class = StatusClassify(PG_GETARG_INT32(FINISH_STATUS_CODE));
-	if (class != STATUS_RELEASED)
-	{
-		check_size(fcinfo);
-		write_record(&scope, claim, class, fcinfo);
 	}
-	ClaimEnd(claim);
 
-	PG_RETURN_TEXT_P(cstring_to_text(names[class]));
+	PG_RETURN_TEXT_P(cstring_to_text(StatusClassName(class)));
 }
 
 /*
- * idempotency_release(tenant text, action text, key text, actor text)
- *					   returns boolean
+ * idempotency_release(tenant text, action text, key text, actor text,
+ *					   attempt int) returns boolean
  *
  * Give a claim back without an answer, so that the next repeat runs.  Returns
  * whether there was one.
  *
- * Errors: ID001, ID002, 25006, 42501.
+ * Errors: ID001, ID002, ID005 for a leased claim of another attempt, 25006,
+ * 40001 in a serializable transaction, 42501.
  */
 Datum
 idempotency_release(PG_FUNCTION_ARGS)
 {
 	Scope		scope;
 	Claim	   *claim;
+	bool		released;
 
 	CallNeedsReadWrite("idempotency_release()");
 	ScopeFromArguments(&scope, fcinfo, RELEASE_ACTOR);
 
-	claim = ClaimFindHeld(&scope);
-	if (claim == NULL)
-		PG_RETURN_BOOL(false);
+	claim = find_claim(&scope, fcinfo, RELEASE_ATTEMPT);
+	if (claim != NULL && !claim_is_leased(&claim->facts))
+	{
+		ClaimForget(claim);
+		PG_RETURN_BOOL(true);
+	}
 
-	ClaimForget(claim);
-	PG_RETURN_BOOL(true);
+	if (PG_ARGISNULL(RELEASE_ATTEMPT))
+	{
+		refuse_unnamed_lease(&scope);
+		PG_RETURN_BOOL(false);
+	}
+
+	released = release_lease(&scope, PG_GETARG_INT32(RELEASE_ATTEMPT));
+	if (claim != NULL)
+		ClaimEnd(claim);
+	PG_RETURN_BOOL(released);
 }
 
 /*
- * Refuse an answer that cannot be stored.
+ * Refuse an answer that nobody could store.
+ *
+ * Errors: ID002.
  */
-static void
-check_answer(FunctionCallInfo fcinfo)
+void
+FinishCheckAnswer(const Answer *answer)
 {
-	if (PG_ARGISNULL(FINISH_STATUS_CODE) ||
-		PG_GETARG_INT32(FINISH_STATUS_CODE) < STATUS_MIN ||
-		PG_GETARG_INT32(FINISH_STATUS_CODE) > STATUS_MAX)
+	if (answer->status_code.isnull ||
+		DatumGetInt32(answer->status_code.value) < STATUS_MIN ||
+		DatumGetInt32(answer->status_code.value) > STATUS_MAX)
 		ereport(ERROR,
 				(errcode(ERRCODE_IDEMPOTENCY_MALFORMED),
 				 errmsg("status_code is out of range"),
 				 errdetail("It must be an HTTP status, from %d to %d.",
 						   STATUS_MIN, STATUS_MAX)));
 
-	if (!PG_ARGISNULL(FINISH_RESPONSE) && !PG_ARGISNULL(FINISH_BODY))
+	if (!answer->response.isnull && !answer->body.isnull)
 		ereport(ERROR,
 				(errcode(ERRCODE_IDEMPOTENCY_MALFORMED),
 				 errmsg("both response and body were given"),
@@ -150,95 +182,243 @@ check_answer(FunctionCallInfo fcinfo)
 }
 
 /*
- * Refuse an answer that is too large to be kept.
+ * Finish a transaction claim of this transaction.
+ *
+ * *record is filled in with what was stored, or would have been if the status
+ * were not one after which the request may be run again.  Returns what became
+ * of the request.  Errors: ID005, ID007.
  */
-static void
-check_size(FunctionCallInfo fcinfo)
+StatusClass
+FinishClaim(const Scope *scope, Claim *claim, const Answer *answer,
+			Record *record)
 {
-	static const int parts[] = {FINISH_RESPONSE, FINISH_HEADERS, FINISH_BODY};
-	Size		size = 0;
+	StatusClass class = StatusClassify(DatumGetInt32(answer->status_code.value));
+	TimestampTz now = GetCurrentTimestamp();
 
-	for (size_t i = 0; i < lengthof(parts); i++)
+	RecordInit(record, scope);
+	if (claim->facts.fingerprint.len > 0)
+		RecordSet(record, request_hash,
+				  FingerprintGetBytea(&claim->facts.fingerprint));
+	RecordSet(record, attempt, Int32GetDatum(claim->facts.attempt));
+	RecordSet(record, created_at, TimestampTzGetDatum(claim->facts.started_at));
+	RecordSet(record, expires_at, TimestampTzGetDatum(now + claim->ttl));
+	if (class == STATUS_ERRORED)
+		RecordSet(record, expires_at, TimestampTzGetDatum(now + claim->error_ttl));
+	set_answer(record, class, answer, now);
+
+	if (class != STATUS_RELEASED)
 	{
-		if (!PG_ARGISNULL(parts[i]))
-			size += toast_raw_datum_size(PG_GETARG_DATUM(parts[i])) - VARHDRSZ;
+		check_size(answer);
+		write_record(scope, claim, record);
 	}
+	ClaimEnd(claim);
 
-	if (size > (Size) idempotency_max_response_size)
-		ereport(ERROR,
-				(errcode(ERRCODE_IDEMPOTENCY_TOO_LARGE),
-				 errmsg("answer is too large to be stored"),
-				 errdetail("Its size in bytes, headers included, is %zu, and \"idempotency.max_response_size\" is %d.",
-						   size, idempotency_max_response_size),
-				 errhint("Store a reference to the answer instead of the answer.")));
+	return class;
 }
 
 /*
- * Write the record of a claim that is finished.
+ * Refuse an answer that is too large to be kept.
  */
 static void
-write_record(const Scope *scope, const Claim *claim, StatusClass class,
-			 FunctionCallInfo fcinfo)
+check_size(const Answer *answer)
+{
+	CallCheckSize("answer with its headers",
+				  CallGetSize(&answer->response) +
+				  CallGetSize(&answer->headers) +
+				  CallGetSize(&answer->body));
+}
+
+/*
+ * Find the claim of this transaction on a scope, null if it has none.
+ *
+ * A claim whose attempt is named must have that one.
+ */
+static Claim *
+find_claim(const Scope *scope, FunctionCallInfo fcinfo, int attempt_argument)
+{
+	Claim	   *claim = ClaimFindHeld(scope);
+
+	if (claim != NULL && !PG_ARGISNULL(attempt_argument) &&
+		PG_GETARG_INT32(attempt_argument) != claim->facts.attempt)
+		ereport(ERROR,
+				(errcode(ERRCODE_IDEMPOTENCY_NO_CLAIM),
+				 errmsg("no such claim"),
+				 errdetail("The claim of this transaction is attempt %d, not %d.",
+						   claim->facts.attempt,
+						   PG_GETARG_INT32(attempt_argument))));
+	return claim;
+}
+
+/*
+ * Tell a caller who names no attempt if that is what a claim needs.
+ */
+static void
+refuse_unnamed_lease(const Scope *scope)
 {
 	Store		store;
-	Datum		values[Natts_idempotency_key] = {0};
-	bool		nulls[Natts_idempotency_key];
-	Record		record = {values, nulls};
-	bool		completed = (class == STATUS_COMPLETED);
-	TimestampTz now = GetCurrentTimestamp();
+	Record		record;
 
 	StoreOpen(&store, RowExclusiveLock);
-
-	if (claim->replaces)
-	{
-		Record		expired;
-
-		/* a sweep may have been faster, and anything else fails below */
-		if (StoreFind(&store, scope, now, &expired) == RECORD_EXPIRED)
-			(void) StoreDelete(&store, true);
-	}
-
-	memset(nulls, true, sizeof(nulls));
-	for (int i = 0; i < SCOPE_PARTS; i++)
-		set_column(&record, i + 1, scope->parts[i]);
-	set_column(&record, Anum_idempotency_key_state,
-			   ObjectIdGetDatum(StoreStateOid(completed ? RECORD_COMPLETED :
-											  RECORD_ERRORED)));
-	if (claim->fingerprint.len > 0)
-		set_column(&record, Anum_idempotency_key_request_hash,
-				   FingerprintGetBytea(&claim->fingerprint));
-	set_argument(&record, Anum_idempotency_key_status_code,
-				 fcinfo, FINISH_STATUS_CODE);
-	set_argument(&record, Anum_idempotency_key_headers,
-				 fcinfo, FINISH_HEADERS);
-	set_argument(&record, Anum_idempotency_key_response,
-				 fcinfo, FINISH_RESPONSE);
-	set_argument(&record, Anum_idempotency_key_body,
-				 fcinfo, FINISH_BODY);
-	set_column(&record, Anum_idempotency_key_attempt, Int32GetDatum(1));
-	set_column(&record, Anum_idempotency_key_created_at,
-			   TimestampTzGetDatum(claim->started_at));
-	set_column(&record, Anum_idempotency_key_finished_at,
-			   TimestampTzGetDatum(now));
-	set_column(&record, Anum_idempotency_key_expires_at,
-			   TimestampTzGetDatum(now + (completed ? claim->ttl :
-										  claim->error_ttl)));
-
-	StoreInsert(&store, &record);
+	if (StoreFind(&store, scope, GetCurrentTimestamp(), &record) == RECORD_LIVE &&
+		RecordGetState(&record) == RECORD_PENDING)
+		ereport(ERROR,
+				(errcode(ERRCODE_IDEMPOTENCY_NO_CLAIM),
+				 errmsg("no such claim"),
+				 errdetail("The claim on the request is leased, and the call names no attempt."),
+				 errhint("Give the attempt that idempotency_begin returned.")));
 	StoreClose(&store);
 }
 
-static void
-set_column(Record *record, int column, Datum value)
+/*
+ * Finish a leased claim.
+ */
+static StatusClass
+finish_lease(Scope *scope, int attempt, const Answer *answer)
 {
-	record->values[column - 1] = value;
-	record->nulls[column - 1] = false;
+	StatusClass class = StatusClassify(DatumGetInt32(answer->status_code.value));
+	TimestampTz now;
+	Store		store;
+	Record		record;
+
+	if (class != STATUS_RELEASED)
+		check_size(answer);
+
+	StoreOpen(&store, RowExclusiveLock);
+	LeaseFind(&store, scope, attempt, &record);
+	now = GetCurrentTimestamp();
+
+	if (is_finished(&record, class, answer))
+		 /* the caller did not get to know, and asks again */ ;
+	else if (RecordGetState(&record) != RECORD_PENDING ||
+			 LeaseIsReleased(&record))
+		ereport(ERROR,
+				(errcode(ERRCODE_IDEMPOTENCY_NO_CLAIM),
+				 errmsg("no such claim"),
+				 errdetail("Attempt %d has already ended, in another way.",
+						   attempt)));
+	else if (class == STATUS_RELEASED)
+		LeaseRelease(&store, &record);
+	else
+	{
+		TimestampTz expires_at = LeaseGetAnswerExpiry(&record, now);
+
+		if (class == STATUS_ERRORED)
+			expires_at = now + CallReadErrorTtl();
+		RecordSet(&record, expires_at, TimestampTzGetDatum(expires_at));
+		set_answer(&record, class, answer, now);
+		StoreUpdate(&store, &record);
+	}
+	StoreClose(&store);
+
+	return class;
 }
 
-static void
-set_argument(Record *record, int column,
-			 FunctionCallInfo fcinfo, int argument)
+/*
+ * Whether a leased claim was ended before in the same way.
+ */
+static bool
+is_finished(const Record *record, StatusClass class, const Answer *answer)
 {
-	if (!PG_ARGISNULL(argument))
-		set_column(record, column, PG_GETARG_DATUM(argument));
+	if (class == STATUS_RELEASED)
+		return LeaseIsReleased(record);
+
+	return RecordGetState(record) == (class == STATUS_COMPLETED ?
+									  RECORD_COMPLETED : RECORD_ERRORED) &&
+		same_value(RecordValue(record, status_code),
+				   RecordIsNull(record, status_code),
+				   &answer->status_code, sizeof(int32)) &&
+		same_value(RecordValue(record, response),
+				   RecordIsNull(record, response), &answer->response, -1) &&
+		same_value(RecordValue(record, headers),
+				   RecordIsNull(record, headers), &answer->headers, -1) &&
+		same_value(RecordValue(record, body),
+				   RecordIsNull(record, body), &answer->body, -1);
+}
+
+/*
+ * Whether two values are the same, byte for byte.
+ */
+static bool
+same_value(Datum stored, bool stored_isnull, const NullableDatum *given,
+		   int typlen)
+{
+	if (stored_isnull || given->isnull)
+		return stored_isnull == given->isnull;
+	return datum_image_eq(stored, given->value, typlen > 0, typlen);
+}
+
+/*
+ * Release a leased claim.  Returns false if that was done before.
+ */
+static bool
+release_lease(Scope *scope, int attempt)
+{
+	Store		store;
+	Record		record;
+	bool		released = false;
+
+	StoreOpen(&store, RowExclusiveLock);
+	LeaseFind(&store, scope, attempt, &record);
+	if (RecordGetState(&record) != RECORD_PENDING)
+		ereport(ERROR,
+				(errcode(ERRCODE_IDEMPOTENCY_NO_CLAIM),
+				 errmsg("no such claim"),
+				 errdetail("Attempt %d has already been finished.", attempt)));
+	if (!LeaseIsReleased(&record))
+	{
+		LeaseRelease(&store, &record);
+		released = true;
+	}
+	StoreClose(&store);
+
+	return released;
+}
+
+/*
+ * Write the record of a transaction claim that is finished.
+ */
+static void
+write_record(const Scope *scope, const Claim *claim, Record *record)
+{
+	Store		store;
+	Record		found;
+	RecordLife	life = RECORD_ABSENT;
+
+	StoreOpen(&store, RowExclusiveLock);
+	if (claim->replaces || claim->takes_over)
+		life = StoreFind(&store, scope, GetCurrentTimestamp(), &found);
+
+	if (claim->takes_over && life != RECORD_ABSENT)
+	{
+		/* begin made the row ours, so nobody else can have changed it */
+		RecordSet(record, created_at, RecordValue(&found, created_at));
+		StoreUpdate(&store, record);
+	}
+	else
+	{
+		/* a sweep may have been faster, and anything else fails below */
+		if (life == RECORD_EXPIRED)
+			(void) StoreDelete(&store, true);
+		StoreInsert(&store, record);
+	}
+	StoreClose(&store);
+}
+
+/*
+ * Put the answer into a record.  What only a claim needs goes.
+ */
+static void
+set_answer(Record *record, StatusClass class, const Answer *answer,
+		   TimestampTz now)
+{
+	RecordSetState(record, class == STATUS_COMPLETED ? RECORD_COMPLETED :
+				   RECORD_ERRORED);
+	RecordSetNullable(record, status_code, answer->status_code);
+	RecordSetNullable(record, response, answer->response);
+	RecordSetNullable(record, headers, answer->headers);
+	RecordSetNullable(record, body, answer->body);
+	RecordSet(record, finished_at, TimestampTzGetDatum(now));
+	RecordSetNull(record, recovery_point);
+	RecordSetNull(record, recovery_state);
+	RecordSetNull(record, ttl);
 }

@@ -23,6 +23,7 @@
 #include "status.h"
 #include "store.h"
 #include "utils/guc.h"
+#include "wake.h"
 
 PG_MODULE_MAGIC;
 
@@ -33,6 +34,7 @@ PGDLLEXPORT void _PG_init(void);
 static List *find_client_settings(void);
 static void refuse_client_settings(List *names);
 static bool check_ttl(int *newval, void **extra, GucSource source);
+static bool check_lease(int *newval, void **extra, GucSource source);
 static void define_lifetime_settings(void);
 static void define_answer_settings(void);
 static void define_administrator_settings(void);
@@ -41,6 +43,7 @@ static void define_server_settings(void);
 int			idempotency_ttl;
 int			idempotency_error_ttl;
 int			idempotency_max_ttl;
+int			idempotency_lease;
 int			idempotency_wait;
 int			idempotency_retry_after;
 int			idempotency_key_format;
@@ -77,6 +80,7 @@ _PG_init(void)
 
 	StoreInit();
 	ClaimInit();
+	WakeInit();
 	InFlightInit();
 }
 
@@ -171,6 +175,17 @@ check_ttl(int *newval, void **extra, GucSource source)
 	return true;
 }
 
+/*
+ * The same for a lease, which is in milliseconds.
+ */
+static bool
+check_lease(int *newval, void **extra, GucSource source)
+{
+	int			secs = (int) (((int64) *newval + 999) / 1000);
+
+	return check_ttl(&secs, extra, source);
+}
+
 static void
 define_lifetime_settings(void)
 {
@@ -195,6 +210,13 @@ define_lifetime_settings(void)
 							60 * 60, 1, INT_MAX,
 							PGC_USERSET, GUC_UNIT_S,
 							check_ttl, NULL, NULL);
+	DefineCustomIntVariable("idempotency.lease",
+							"Sets for how long a checkpoint renews a lease.",
+							"At most idempotency.max_ttl.",
+							&idempotency_lease,
+							30 * 60 * 1000, 1, INT_MAX,
+							PGC_USERSET, GUC_UNIT_MS,
+							check_lease, NULL, NULL);
 }
 
 static void

@@ -41,6 +41,7 @@ typedef enum KeyFormat
 extern int	idempotency_ttl;	/* seconds */
 extern int	idempotency_error_ttl;	/* seconds */
 extern int	idempotency_max_ttl;	/* seconds */
+extern int	idempotency_lease;	/* milliseconds */
 extern int	idempotency_wait;	/* milliseconds */
 extern int	idempotency_retry_after;	/* seconds */
 extern int	idempotency_key_format; /* a KeyFormat */

@@ -3,10 +3,12 @@
  * in_flight.c
  *	  Claims in flight, described in shared memory.
  *
- * A transaction claim writes no row before it is finished, so that nobody
- * else could see what is known about it.  When the library is preloaded, this
- * table tells: who holds the claim, since when, and for which request.  From
- * here come the view idempotency_in_flight, the details of an answer "in
+ * A transaction claim writes no row before it is finished, and the row of a
+ * leased claim is not seen by others before begin's transaction commits, so
+ * that nobody else could see what is known about it.  When the library is
+ * preloaded, this table tells: who holds the claim, since when, and for which
+ * request.  From here come the view idempotency_in_flight (beside the leases,
+ * which it finds in the table of records), the details of an answer "in
  * flight", and the mismatch that is found while the first request still runs.
  *
  * Nothing here decides who may run.  An entry is made after the lock of the
@@ -53,7 +55,9 @@ enum
 	IN_FLIGHT_ACTOR,
 	IN_FLIGHT_ACTION,
 	IN_FLIGHT_KEY,
+	IN_FLIGHT_ATTEMPT,
 	IN_FLIGHT_STARTED_AT,
+	IN_FLIGHT_LEASE_EXPIRES_AT,
 	IN_FLIGHT_COLUMNS
 };
 
@@ -108,7 +112,7 @@ InFlightInit(void)
  */
 bool
 InFlightTrack(const LOCKTAG *locktag, const ScopeName *name,
-			  const Fingerprint *fingerprint, TimestampTz started_at)
+			  const ClaimFacts *facts)
 {
 	uint32		hash;
 	InFlightClaim *entry = NULL;
@@ -140,8 +144,7 @@ InFlightTrack(const LOCKTAG *locktag, const ScopeName *name,
 		forget_prepared(entry);
 	entry->pid = MyProcPid;
 	entry->prepared_xid = InvalidFullTransactionId;
-	entry->started_at = started_at;
-	entry->fingerprint = *fingerprint;
+	entry->facts = *facts;
 	memcpy(&entry->name, name, SizeOfScopeName(name));
 	LWLockRelease(partition_lock(hash));
 
@@ -213,7 +216,7 @@ InFlightFind(const Scope *scope, InFlightClaim *found)
 /*
  * idempotency_in_flight() returns setof record
  *
- * The claims in flight in this database; none unless the library is
+ * The claims of transactions in this database; none unless the library is
  * preloaded.
  */
 Datum
@@ -425,7 +428,11 @@ put_claim(ReturnSetInfo *rsinfo, const InFlightClaim *claim)
 	values[IN_FLIGHT_ACTOR] = ScopeNamePart(&claim->name, SCOPE_ACTOR);
 	values[IN_FLIGHT_ACTION] = ScopeNamePart(&claim->name, SCOPE_ACTION);
 	values[IN_FLIGHT_KEY] = ScopeNamePart(&claim->name, SCOPE_KEY);
-	values[IN_FLIGHT_STARTED_AT] = TimestampTzGetDatum(claim->started_at);
+	values[IN_FLIGHT_ATTEMPT] = Int32GetDatum(claim->facts.attempt);
+	values[IN_FLIGHT_STARTED_AT] = TimestampTzGetDatum(claim->facts.started_at);
+	values[IN_FLIGHT_LEASE_EXPIRES_AT] =
+		TimestampTzGetDatum(claim->facts.lease_expires_at);
+	nulls[IN_FLIGHT_LEASE_EXPIRES_AT] = !claim_is_leased(&claim->facts);
 
 	tuplestore_putvalues(rsinfo->setResult, rsinfo->setDesc, values, nulls);
 }

@@ -15,21 +15,34 @@
 #include "fingerprint.h"
 #include "scope.h"
 
+/* What there is to know about a claim beside its scope */
+typedef struct ClaimFacts
+{
+	int			attempt;
+	TimestampTz started_at;
+	TimestampTz lease_expires_at;	/* DT_NOEND for a transaction claim */
+	Fingerprint fingerprint;
+} ClaimFacts;
+
 /* One claim in flight, as everybody may know it */
 typedef struct InFlightClaim
 {
 	LOCKTAG		locktag;		/* hash key */
 	int			pid;			/* holder, 0 for a prepared transaction */
 	FullTransactionId prepared_xid; /* of that, else invalid */
-	TimestampTz started_at;
-	Fingerprint fingerprint;
+	ClaimFacts	facts;
 	ScopeName	name;
 } InFlightClaim;
 
+static inline bool
+claim_is_leased(const ClaimFacts *facts)
+{
+	return facts->lease_expires_at != DT_NOEND;
+}
+
 extern void InFlightInit(void);
 extern bool InFlightTrack(const LOCKTAG *locktag, const ScopeName *name,
-						  const Fingerprint *fingerprint,
-						  TimestampTz started_at);
+						  const ClaimFacts *facts);
 extern void InFlightForget(const LOCKTAG *locktag);
 extern void InFlightPrepare(const LOCKTAG *locktag);
 extern bool InFlightFind(const Scope *scope, InFlightClaim *found);

@@ -47,32 +47,43 @@ static void set_value(ResultRow *result, int column, Datum value);
 static void copy_column(ResultRow *result, int column,
 						const Record *record, int record_column);
 static Datum make_datum(ResultRow *result);
-static void check_shape(TupleDesc desc);
 
 /*
- * The caller has the claim, since started_at, and is to do the work.
+ * The caller has the claim and is to do the work, or to go on with what the
+ * record says when it was taken over; that is null when it was not.
  */
 Datum
-ResultStarted(TimestampTz started_at)
+ResultStarted(const ClaimFacts *facts, const Record *taken_over)
 {
 	ResultRow	result;
 
 	init_result(&result, "started");
-	set_value(&result, Anum_result_attempt, Int32GetDatum(1));
-	set_value(&result, Anum_result_created_at, TimestampTzGetDatum(started_at));
+	set_value(&result, Anum_result_attempt, Int32GetDatum(facts->attempt));
+	set_value(&result, Anum_result_created_at,
+			  TimestampTzGetDatum(facts->started_at));
+
+	if (taken_over != NULL)
+	{
+		copy_column(&result, Anum_result_created_at,
+					taken_over, Anum_idempotency_key_created_at);
+		copy_column(&result, Anum_result_recovery_point,
+					taken_over, Anum_idempotency_key_recovery_point);
+		copy_column(&result, Anum_result_recovery_state,
+					taken_over, Anum_idempotency_key_recovery_state);
+	}
 
 	return make_datum(&result);
 }
 
 /*
- * The stored answer.
+ * An answer, whether it was just given or is replayed.
  */
 Datum
-ResultReplayed(const Record *record)
+ResultAnswer(const char *outcome, const Record *record)
 {
 	ResultRow	result;
 
-	init_result(&result, "replayed");
+	init_result(&result, outcome);
 	copy_column(&result, Anum_result_status_code,
 				record, Anum_idempotency_key_status_code);
 	copy_column(&result, Anum_result_response,
@@ -168,7 +179,7 @@ make_datum(ResultRow *result)
 	TupleDesc	desc = lookup_rowtype_tupdesc(StoreResultType(), -1);
 	HeapTuple	tuple;
 
-	check_shape(desc);
+	ResultCheckShape(desc, result_types, Natts_result);
 	tuple = heap_form_tuple(desc, result->values, result->nulls);
 	ReleaseTupleDesc(desc);
 
@@ -178,13 +189,13 @@ make_datum(ResultRow *result)
 /*
  * Refuse a row type that belongs to another version of the extension.
  */
-static void
-check_shape(TupleDesc desc)
+void
+ResultCheckShape(TupleDesc desc, const Oid *types, int natts)
 {
-	bool		matches = desc->natts == Natts_result;
+	bool		matches = desc->natts == natts;
 
-	for (int i = 0; matches && i < Natts_result; i++)
-		matches = TupleDescAttr(desc, i)->atttypid == result_types[i];
+	for (int i = 0; matches && i < natts; i++)
+		matches = TupleDescAttr(desc, i)->atttypid == types[i];
 
 	if (!matches)
 		ereport(ERROR,

@@ -28,9 +28,6 @@
 #define SECOND_HASH_SEED	UINT64CONST(0x6964656d706f7465)
 
 static Datum read_argument(FunctionCallInfo fcinfo, int argument);
-static void check_tenant(const char *data, int len);
-static void check_name(const char *what, const char *data, int len);
-static void check_key(const char *data, int len);
 static bool key_has_format(const char *data, int len, int format);
 static bool is_uuid(const char *data, int len);
 
@@ -61,21 +58,15 @@ ScopeFromArguments(Scope *scope, FunctionCallInfo fcinfo, int actor_argument)
 		parts[i] = PointerGetDatum(part[i]);
 	}
 
-	check_tenant(VARDATA_ANY(part[SCOPE_TENANT]),
-				 VARSIZE_ANY_EXHDR(part[SCOPE_TENANT]));
-
+	ScopeCheckTenant(part[SCOPE_TENANT]);
 	if (VARSIZE_ANY_EXHDR(part[SCOPE_ACTION]) == 0)
 		ereport(ERROR,
 				(errcode(ERRCODE_IDEMPOTENCY_MALFORMED),
 				 errmsg("action is missing"),
 				 errhint("Name the operation, for example \"orders.create\".")));
-	check_name("action", VARDATA_ANY(part[SCOPE_ACTION]),
-			   VARSIZE_ANY_EXHDR(part[SCOPE_ACTION]));
-
-	check_key(VARDATA_ANY(part[SCOPE_KEY]),
-			  VARSIZE_ANY_EXHDR(part[SCOPE_KEY]));
-	check_name("actor", VARDATA_ANY(part[SCOPE_ACTOR]),
-			   VARSIZE_ANY_EXHDR(part[SCOPE_ACTOR]));
+	ScopeCheckName("action", part[SCOPE_ACTION]);
+	ScopeCheckKey(part[SCOPE_KEY]);
+	ScopeCheckName("actor", part[SCOPE_ACTOR]);
 
 	/* it fits, as was just checked */
 	(void) ScopeFromParts(scope, parts);
@@ -158,10 +149,13 @@ read_argument(FunctionCallInfo fcinfo, int argument)
 /*
  * Refuse a malformed tenant, and one that the role has no business with.
  */
-static void
-check_tenant(const char *data, int len)
+void
+ScopeCheckTenant(const text *tenant)
 {
-	check_name("tenant", data, len);
+	const char *data = VARDATA_ANY(tenant);
+	int			len = VARSIZE_ANY_EXHDR(tenant);
+
+	ScopeCheckName("tenant", tenant);
 
 	if (idempotency_tenant[0] != '\0' &&
 		(strlen(idempotency_tenant) != (size_t) len ||
@@ -179,9 +173,12 @@ check_tenant(const char *data, int len)
  * The encodings that a server can have keep ASCII bytes for ASCII characters,
  * so that looking at bytes is enough.
  */
-static void
-check_name(const char *what, const char *data, int len)
+void
+ScopeCheckName(const char *what, const text *name)
 {
+	const char *data = VARDATA_ANY(name);
+	int			len = VARSIZE_ANY_EXHDR(name);
+
 	if (len > SCOPE_PART_MAX)
 		ereport(ERROR,
 				(errcode(ERRCODE_IDEMPOTENCY_MALFORMED),
@@ -206,9 +203,11 @@ check_name(const char *what, const char *data, int len)
  *
  * The error does not repeat the key: it is the client's, and may be anything.
  */
-static void
-check_key(const char *data, int len)
+void
+ScopeCheckKey(const text *key)
 {
+	const char *data = VARDATA_ANY(key);
+	int			len = VARSIZE_ANY_EXHDR(key);
 	static const char *const descriptions[] = {
 		[KEY_FORMAT_ASCII] = "made of visible ASCII characters without spaces",
 		[KEY_FORMAT_SLUG] = "made of letters, digits, hyphens and underscores",

@@ -48,6 +48,9 @@ typedef struct Scope
 extern void ScopeFromArguments(Scope *scope, FunctionCallInfo fcinfo,
 							   int actor_argument);
 extern bool ScopeFromParts(Scope *scope, const Datum *parts);
+extern void ScopeCheckTenant(const text *tenant);
+extern void ScopeCheckName(const char *what, const text *name);
+extern void ScopeCheckKey(const text *key);
 extern void ScopeSetLocktag(Scope *scope);
 extern Datum ScopeNamePart(const ScopeName *name, ScopePart part);
 

@@ -49,6 +49,21 @@ StatusClassify(int status)
 }
 
 /*
+ * What finish says of a request.
+ */
+const char *
+StatusClassName(StatusClass class)
+{
+	static const char *const names[] = {
+		[STATUS_COMPLETED] = "completed",
+		[STATUS_ERRORED] = "errored",
+		[STATUS_RELEASED] = "released",
+	};
+
+	return names[class];
+}
+
+/*
  * Check hook of idempotency.retryable_status: parses the list.
  */
 bool

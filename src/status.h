@@ -23,6 +23,7 @@ typedef enum StatusClass
 } StatusClass;
 
 extern StatusClass StatusClassify(int status);
+extern const char *StatusClassName(StatusClass class);
 extern bool StatusCheckRetryable(char **newval, void **extra, GucSource source);
 extern void StatusAssignRetryable(const char *newval, void *extra);
 

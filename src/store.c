@@ -64,6 +64,7 @@
 #define TABLE_NAME		"idempotency_key"
 #define STATE_TYPE		"idempotency_state"
 #define RESULT_TYPE		"idempotency_result"
+#define RESPONSE_TYPE	"idempotency_response"
 
 /* A column that the table must have; no type stands for the state type */
 typedef struct StoreColumn
@@ -78,8 +79,17 @@ typedef struct StoreCatalog
 	bool		valid;
 	Oid			table;
 	Oid			result_type;
+	Oid			response_type;
 	Oid			states[RECORD_STATES];
 } StoreCatalog;
+
+/* What the executor needs to put rows into the table and its indexes */
+typedef struct StoreWriter
+{
+	EState	   *estate;
+	ResultRelInfo *target;
+	TupleTableSlot *slot;		/* the row to write */
+} StoreWriter;
 
 static void forget_catalog(Datum arg, Oid relid);
 static Relation look_up_catalog(LOCKMODE lockmode);
@@ -93,12 +103,14 @@ static void refuse_triggers(Relation rel);
 static Snapshot push_lookup_snapshot(Store *store);
 static bool fetch_next(Store *store, IndexScanDesc scan);
 static void open_index(Store *store, Oid index);
+static void open_slot(Store *store);
 static bool fetch_row(Store *store, const Scope *scope);
 static void get_record(Store *store, Record *record);
-static void check_serializable(Store *store);
-static void insert_row(Relation rel, TupleTableSlot *slot);
-static void insert_index_entries(ResultRelInfo *target, TupleTableSlot *slot,
-								 EState *estate);
+static void open_writer(Store *store, bool speculative);
+static void close_writer(Store *store);
+static void fill_writer(Store *store, const Record *record);
+static bool insert_speculatively(Store *store, List *arbiters);
+static void insert_index_entries(StoreWriter *writer);
 static bool violates_primary_key(const ErrorData *edata,
 								 const ResultRelInfo *target);
 
@@ -120,6 +132,7 @@ static const StoreColumn columns[Natts_idempotency_key] = {
 	{"created_at", TIMESTAMPTZOID},
 	{"finished_at", TIMESTAMPTZOID},
 	{"expires_at", TIMESTAMPTZOID},
+	{"ttl", INTERVALOID},
 };
 
 static const char *const state_labels[RECORD_STATES] = {
@@ -170,21 +183,25 @@ StoreOpen(Store *store, LOCKMODE lockmode)
 	store->lockmode = lockmode;
 	store->index = NULL;
 	store->slot = NULL;
+	store->writer = NULL;
 }
 
 /*
- * Close the table.  Records that were found before must not be used any more.
+ * Close the table, and make what was written visible to the next call.
+ *
+ * Records that were found before must not be used any more.
  */
 void
 StoreClose(Store *store)
 {
 	LOCKMODE	unlock = store->lockmode >= RowExclusiveLock ? NoLock : store->lockmode;
 
-	if (store->index != NULL)
-	{
+	if (store->writer != NULL)
+		close_writer(store);
+	if (store->slot != NULL)
 		ExecDropSingleTupleTableSlot(store->slot);
+	if (store->index != NULL)
 		index_close(store->index, unlock);
-	}
 	table_close(store->rel, unlock);
 }
 
@@ -194,8 +211,6 @@ StoreClose(Store *store)
  * *record is filled in unless the result is RECORD_ABSENT, and points into
  * the store.  A record whose time is over at now is reported as expired; it
  * is to be treated like none, but its row is in the way of a new one.
- *
- * Errors: 40001 when the record is too new for a serializable transaction.
  */
 RecordLife
 StoreFind(Store *store, const Scope *scope, TimestampTz now, Record *record)
@@ -209,8 +224,6 @@ StoreFind(Store *store, const Scope *scope, TimestampTz now, Record *record)
 	get_record(store, record);
 	if (DatumGetTimestampTz(RecordValue(record, expires_at)) <= now)
 		return RECORD_EXPIRED;
-
-	check_serializable(store);
 	return RECORD_LIVE;
 }
 
@@ -229,6 +242,59 @@ StoreIsCurrent(const Store *store)
 }
 
 /*
+ * Fail if a serializable transaction was shown a row, the one found last, that
+ * its own snapshot does not have.
+ *
+ * Errors: 40001.
+ */
+void
+StoreCheckSerializable(Store *store)
+{
+	if (!IsolationIsSerializable() ||
+		table_tuple_satisfies_snapshot(store->rel, store->slot,
+									   GetTransactionSnapshot()))
+		return;
+
+	ereport(ERROR,
+			(errcode(ERRCODE_T_R_SERIALIZATION_FAILURE),
+			 errmsg("could not serialize access due to concurrent work on the same request"),
+			 errhint("Retry the transaction.")));
+}
+
+/*
+ * Lock the row that was found last, in its last version.
+ *
+ * What is locked is what the row is now, whoever changed it since it was
+ * found, and at every isolation level; *record is filled in with that.  If we
+ * may not wait for whoever has it locked, the result can be ROW_BUSY.
+ */
+RowLock
+StoreLock(Store *store, bool wait, Record *record)
+{
+	ItemPointerData tid = store->slot->tts_tid;
+	TM_FailureData failure;
+	TM_Result	result;
+
+	result = table_tuple_lock(store->rel, &tid, InvalidSnapshot, store->slot,
+							  GetCurrentCommandId(false),
+							  LockTupleNoKeyExclusive,
+							  wait ? LockWaitBlock : LockWaitSkip,
+							  TUPLE_LOCK_FLAG_FIND_LAST_VERSION, &failure);
+	switch (result)
+	{
+		case TM_Ok:
+			get_record(store, record);
+			return ROW_LOCKED;
+		case TM_WouldBlock:
+			return ROW_BUSY;
+		case TM_Deleted:
+			return ROW_GONE;
+		default:
+			elog(ERROR, "unexpected table_tuple_lock status: %u", result);
+	}
+}
+
+/*
  * Insert a record.
  *
  * Errors: ID005 when another transaction committed a record for the scope.
@@ -236,23 +302,71 @@ StoreIsCurrent(const Store *store)
 void
 StoreInsert(Store *store, const Record *record)
 {
-	TupleTableSlot *slot;
+	open_writer(store, false);
+	fill_writer(store, record);
+	simple_table_tuple_insert(store->rel, store->writer->slot);
+	insert_index_entries(store->writer);
+}
 
-	slot = MakeSingleTupleTableSlot(RelationGetDescr(store->rel),
-									&TTSOpsVirtual);
-	slot->tts_tableOid = RelationGetRelid(store->rel);
-	memset(slot->tts_isnull, true,
-		   slot->tts_tupleDescriptor->natts * sizeof(bool));
-	memcpy(slot->tts_values, record->values,
-		   Natts_idempotency_key * sizeof(Datum));
-	memcpy(slot->tts_isnull, record->nulls,
-		   Natts_idempotency_key * sizeof(bool));
-	ExecStoreVirtualTuple(slot);
+/*
+ * Insert a record, unless there is a row for its scope.
+ *
+ * Whoever is just inserting one is waited for.  Returns whether the record was
+ * inserted; if not, *found is filled in with the row that is there, which is
+ * committed or our own.
+ */
+bool
+StoreInsertUnlessFound(Store *store, const Record *record, Record *found)
+{
+	StoreWriter *writer;
+	List	   *arbiters = list_make1_oid(RelationGetPrimaryKeyIndex(store->rel, false));
+	ItemPointerData conflict;
+	bool		inserted = false;
 
-	insert_row(store->rel, slot);
+	open_writer(store, true);
+	fill_writer(store, record);
+	writer = store->writer;
 
-	ExecDropSingleTupleTableSlot(slot);
-	CommandCounterIncrement();
+	while (!inserted &&
+		   ExecCheckIndexConstraints(writer->target, writer->slot,
+									 writer->estate, &conflict,
+									 &writer->slot->tts_tid, arbiters))
+		inserted = insert_speculatively(store, arbiters);
+	list_free(arbiters);
+	if (inserted)
+		return true;
+
+	/* vacuum leaves it alone: it was live after our snapshot was made */
+	open_slot(store);
+	if (!table_tuple_fetch_row_version(store->rel, &conflict, SnapshotAny,
+									   store->slot))
+		elog(ERROR, "failed to fetch conflicting idempotency record");
+	get_record(store, found);
+	return false;
+}
+
+/*
+ * Change the row that was found last, and is locked, to a record.
+ *
+ * Errors: 55000 when the table is published without a replica identity.
+ */
+void
+StoreUpdate(Store *store, const Record *record)
+{
+	StoreWriter *writer;
+	TU_UpdateIndexes update_indexes;
+
+	CheckCmdReplicaIdentity(store->rel, CMD_UPDATE);
+	open_writer(store, false);
+	fill_writer(store, record);
+	writer = store->writer;
+
+	simple_table_tuple_update(store->rel, &store->slot->tts_tid, writer->slot,
+							  InvalidSnapshot, &update_indexes);
+	if (update_indexes != TU_None)
+		ExecInsertIndexTuples(writer->target, writer->slot, writer->estate,
+							  true, false, NULL, NIL,
+							  updates_only_summarizing(update_indexes));
 }
 
 /*
@@ -320,10 +434,26 @@ StoreEndExpired(Store *store)
 }
 
 /*
+ * Make a record of a scope; all other columns are null.
+ */
+void
+RecordInit(Record *record, const Scope *scope)
+{
+	memset(record->values, 0, sizeof(record->values));
+	memset(record->nulls, true, sizeof(record->nulls));
+
+	for (int i = 0; i < SCOPE_PARTS; i++)
+	{
+		record->values[i] = scope->parts[i];
+		record->nulls[i] = false;
+	}
+}
+
+/*
  * The state of a record.
  */
 RecordState
-StoreGetState(const Record *record)
+RecordGetState(const Record *record)
 {
 	Oid			state = DatumGetObjectId(RecordValue(record, state));
 
@@ -336,12 +466,12 @@ StoreGetState(const Record *record)
 }
 
 /*
- * The value of column state for a state.
+ * Give a record a state.
  */
-Oid
-StoreStateOid(RecordState state)
+void
+RecordSetState(Record *record, RecordState state)
 {
-	return catalog.states[state];
+	RecordSet(record, state, ObjectIdGetDatum(catalog.states[state]));
 }
 
 /*
@@ -351,6 +481,22 @@ Oid
 StoreResultType(void)
 {
 	return catalog.result_type;
+}
+
+/*
+ * The row type that a handler may return.
+ */
+Oid
+StoreResponseType(void)
+{
+	if (!catalog.valid)
+	{
+		Store		store;
+
+		StoreOpen(&store, AccessShareLock);
+		StoreClose(&store);
+	}
+	return catalog.response_type;
 }
 
 /*
@@ -393,6 +539,7 @@ look_up_catalog(LOCKMODE lockmode)
 
 	catalog.table = table;
 	catalog.result_type = find_type(RESULT_TYPE, schema);
+	catalog.response_type = find_type(RESPONSE_TYPE, schema);
 	for (int i = 0; i < RECORD_STATES; i++)
 	{
 		catalog.states[i] = GetSysCacheOid2(ENUMTYPOIDNAME, Anum_pg_enum_oid,
@@ -401,7 +548,7 @@ look_up_catalog(LOCKMODE lockmode)
 		if (!OidIsValid(catalog.states[i]))
 			refuse_shape(rel);
 	}
-	if (!OidIsValid(catalog.result_type))
+	if (!OidIsValid(catalog.result_type) || !OidIsValid(catalog.response_type))
 		refuse_shape(rel);
 	catalog.valid = true;
 
@@ -586,7 +733,7 @@ fetch_next(Store *store, IndexScanDesc scan)
 }
 
 /*
- * Open an index to read by, and make a slot for the rows that it leads to.
+ * Open an index to read by.
  */
 static void
 open_index(Store *store, Oid index)
@@ -594,7 +741,17 @@ open_index(Store *store, Oid index)
 	Assert(store->index == NULL);
 
 	store->index = index_open(index, store->lockmode);
-	store->slot = table_slot_create(store->rel, NULL);
+	open_slot(store);
+}
+
+/*
+ * Make a slot for the rows that are found.
+ */
+static void
+open_slot(Store *store)
+{
+	if (store->slot == NULL)
+		store->slot = table_slot_create(store->rel, NULL);
 }
 
 /*
@@ -634,47 +791,90 @@ static void
 get_record(Store *store, Record *record)
 {
 	slot_getallattrs(store->slot);
-	record->values = store->slot->tts_values;
-	record->nulls = store->slot->tts_isnull;
+	memcpy(record->values, store->slot->tts_values, sizeof(record->values));
+	memcpy(record->nulls, store->slot->tts_isnull, sizeof(record->nulls));
 }
 
 /*
- * Fail if a serializable transaction was shown a record that its own snapshot
- * does not have.
+ * Get ready to write, for as long as the table is open.
+ *
+ * With speculative, also to insert only where nothing is in the way.
  */
 static void
-check_serializable(Store *store)
+open_writer(Store *store, bool speculative)
 {
-	if (!IsolationIsSerializable() ||
-		table_tuple_satisfies_snapshot(store->rel, store->slot,
-									   GetTransactionSnapshot()))
+	StoreWriter *writer;
+
+	if (store->writer != NULL)
 		return;
 
-	ereport(ERROR,
-			(errcode(ERRCODE_T_R_SERIALIZATION_FAILURE),
-			 errmsg("could not serialize access due to a request that completed meanwhile"),
-			 errhint("Retry the transaction: it will get the stored answer.")));
+	writer = palloc_object(StoreWriter);
+	writer->estate = CreateExecutorState();
+	writer->target = makeNode(ResultRelInfo);
+	InitResultRelInfo(writer->target, store->rel, 0, NULL, 0);
+	ExecOpenIndices(writer->target, speculative);
+	writer->slot = MakeSingleTupleTableSlot(RelationGetDescr(store->rel),
+											&TTSOpsVirtual);
+	store->writer = writer;
+}
+
+static void
+close_writer(Store *store)
+{
+	StoreWriter *writer = store->writer;
+
+	ExecDropSingleTupleTableSlot(writer->slot);
+	ExecCloseIndices(writer->target);
+	FreeExecutorState(writer->estate);
+	CommandCounterIncrement();
 }
 
 /*
- * Put a row into the table and all of its indexes.
+ * Put a record into the row to write, and check it.
  */
 static void
-insert_row(Relation rel, TupleTableSlot *slot)
+fill_writer(Store *store, const Record *record)
 {
-	EState	   *estate = CreateExecutorState();
-	ResultRelInfo *target = makeNode(ResultRelInfo);
+	StoreWriter *writer = store->writer;
+	TupleTableSlot *slot = writer->slot;
 
-	InitResultRelInfo(target, rel, 0, NULL, 0);
-	ExecOpenIndices(target, false);
+	ResetPerTupleExprContext(writer->estate);
+	ExecClearTuple(slot);
+	slot->tts_tableOid = RelationGetRelid(store->rel);
+	memset(slot->tts_isnull, true,
+		   slot->tts_tupleDescriptor->natts * sizeof(bool));
+	memcpy(slot->tts_values, record->values, sizeof(record->values));
+	memcpy(slot->tts_isnull, record->nulls, sizeof(record->nulls));
+	ExecStoreVirtualTuple(slot);
 
-	if (rel->rd_att->constr)
-		ExecConstraints(target, slot, estate);
-	simple_table_tuple_insert(rel, slot);
-	insert_index_entries(target, slot, estate);
+	if (store->rel->rd_att->constr)
+		ExecConstraints(writer->target, slot, writer->estate);
+}
 
-	ExecCloseIndices(target);
-	FreeExecutorState(estate);
+/*
+ * Insert the row to write, or nothing if somebody else was faster.
+ *
+ * This is what INSERT ... ON CONFLICT does: others see the row only when its
+ * index entries are there, and whoever meets them before waits for us to say
+ * whether it stays (see "Speculative insertion" at the head of the server's
+ * execIndexing.c).
+ */
+static bool
+insert_speculatively(Store *store, List *arbiters)
+{
+	StoreWriter *writer = store->writer;
+	TransactionId xid = GetCurrentTransactionId();
+	uint32		token = SpeculativeInsertionLockAcquire(xid);
+	bool		conflict = false;
+
+	table_tuple_insert_speculative(store->rel, writer->slot,
+								   GetCurrentCommandId(true), 0, NULL, token);
+	ExecInsertIndexTuples(writer->target, writer->slot, writer->estate,
+						  false, true, &conflict, arbiters, false);
+	table_tuple_complete_speculative(store->rel, writer->slot, token, !conflict);
+	SpeculativeInsertionLockRelease(xid);
+
+	return !conflict;
 }
 
 /*
@@ -682,14 +882,13 @@ insert_row(Relation rel, TupleTableSlot *slot)
  * an entry for its scope already.
  */
 static void
-insert_index_entries(ResultRelInfo *target, TupleTableSlot *slot,
-					 EState *estate)
+insert_index_entries(StoreWriter *writer)
 {
 	MemoryContext oldcontext = CurrentMemoryContext;
 
 	PG_TRY();
 	{
-		ExecInsertIndexTuples(target, slot, estate,
+		ExecInsertIndexTuples(writer->target, writer->slot, writer->estate,
 							  false, false, NULL, NIL, false);
 	}
 	PG_CATCH();
@@ -698,7 +897,7 @@ insert_index_entries(ResultRelInfo *target, TupleTableSlot *slot,
 
 		MemoryContextSwitchTo(oldcontext);
 		edata = CopyErrorData();
-		if (!violates_primary_key(edata, target))
+		if (!violates_primary_key(edata, writer->target))
 			PG_RE_THROW();
 
 		FlushErrorState();

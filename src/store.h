@@ -34,7 +34,8 @@
 #define Anum_idempotency_key_created_at			15
 #define Anum_idempotency_key_finished_at		16
 #define Anum_idempotency_key_expires_at			17
-#define Natts_idempotency_key					17
+#define Anum_idempotency_key_ttl				18
+#define Natts_idempotency_key					18
 
 /* Labels of idempotency_state */
 typedef enum RecordState
@@ -57,22 +58,39 @@ typedef enum RecordLife
 /* A record as the columns of its row; a column is at [Anum - 1] */
 typedef struct Record
 {
-	Datum	   *values;
-	bool	   *nulls;
+	Datum		values[Natts_idempotency_key];
+	bool		nulls[Natts_idempotency_key];
 } Record;
 
 #define RecordValue(record, column) \
 	((record)->values[Anum_idempotency_key_##column - 1])
 #define RecordIsNull(record, column) \
 	((record)->nulls[Anum_idempotency_key_##column - 1])
+#define RecordSet(record, column, value) \
+	((record)->values[Anum_idempotency_key_##column - 1] = (value), \
+	 (record)->nulls[Anum_idempotency_key_##column - 1] = false)
+#define RecordSetNullable(record, column, datum) \
+	((record)->values[Anum_idempotency_key_##column - 1] = (datum).value, \
+	 (record)->nulls[Anum_idempotency_key_##column - 1] = (datum).isnull)
+#define RecordSetNull(record, column) \
+	((record)->nulls[Anum_idempotency_key_##column - 1] = true)
+
+/* What became of an attempt to lock a row */
+typedef enum RowLock
+{
+	ROW_LOCKED,
+	ROW_BUSY,					/* somebody else has it locked */
+	ROW_GONE					/* somebody deleted it */
+} RowLock;
 
 /* The table, open for the length of one call */
 typedef struct Store
 {
 	Relation	rel;
 	LOCKMODE	lockmode;
-	Relation	index;			/* null before the first lookup, as is slot */
-	TupleTableSlot *slot;		/* the row that was found last */
+	Relation	index;			/* to look up by; null before the first lookup */
+	TupleTableSlot *slot;		/* the row that was found last, if any */
+	struct StoreWriter *writer; /* null before the first write */
 	uint64		snapshot_count; /* of the last lookup, see StoreIsCurrent() */
 	IndexScanDesc expired;		/* while expired records are being read */
 } Store;
@@ -83,15 +101,23 @@ extern void StoreClose(Store *store);
 extern RecordLife StoreFind(Store *store, const Scope *scope, TimestampTz now,
 							Record *record);
 extern bool StoreIsCurrent(const Store *store);
+extern void StoreCheckSerializable(Store *store);
+extern RowLock StoreLock(Store *store, bool wait, Record *record);
 extern void StoreInsert(Store *store, const Record *record);
+extern bool StoreInsertUnlessFound(Store *store, const Record *record,
+								   Record *found);
+extern void StoreUpdate(Store *store, const Record *record);
 extern bool StoreDelete(Store *store, bool wait);
 
 extern void StoreBeginExpired(Store *store, TimestampTz from, TimestampTz until);
 extern bool StoreNextExpired(Store *store, Record *record);
 extern void StoreEndExpired(Store *store);
 
-extern RecordState StoreGetState(const Record *record);
-extern Oid	StoreStateOid(RecordState state);
+extern void RecordInit(Record *record, const Scope *scope);
+extern RecordState RecordGetState(const Record *record);
+extern void RecordSetState(Record *record, RecordState state);
+
 extern Oid	StoreResultType(void);
+extern Oid	StoreResponseType(void);
 
 #endif							/* IDEMPOTENCY_STORE_H */

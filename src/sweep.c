@@ -4,7 +4,8 @@
  *	  Giving back the space of expired records.
  *
  * An expired record is treated as absent wherever one is looked for, so a
- * sweep changes no answer, and nothing has to wait for it.  It walks the
+ * sweep changes no answer, and nothing has to wait for it.  (The record of a
+ * leased claim expires its ttl after its lease has run out.)  A sweep walks the
  * index on expires_at from the oldest record to those that expire when it
  * starts, and deletes in batches with a transaction each.  A row that cannot
  * be had at once is passed over and left for the next sweep: one that
@@ -156,9 +157,7 @@ sweep_batch(Sweep *sweep)
 		sweep->from = DatumGetTimestampTz(RecordValue(&record, expires_at));
 
 		MemoryContextSwitchTo(row_context);
-		if (StoreGetState(&record) != RECORD_PENDING &&
-			!is_claimed(&record) &&
-			StoreDelete(&store, false))
+		if (!is_claimed(&record) && StoreDelete(&store, false))
 			deleted++;
 		MemoryContextSwitchTo(oldcontext);
 		MemoryContextReset(row_context);

@@ -31,7 +31,8 @@ SELECT name, value, try_setting(name, value) FROM (VALUES
     (34, 'max_response_size', '-1'), (35, 'max_response_size', '0'), (36, 'max_response_size', '256MB'), (37, 'max_response_size', '268435457B'),
     (38, 'commit_guard', 'maybe'), (39, 'commit_guard', 'off'), (40, 'commit_guard', 'on'),
     (41, 'sweep_batch_size', '0'), (42, 'sweep_batch_size', '1'), (43, 'sweep_batch_size', '1000000'), (44, 'sweep_batch_size', '1000001'),
-    (45, 'max_tracked_claims', '100'), (46, 'no_such_setting', '1')
+    (45, 'max_tracked_claims', '100'), (46, 'no_such_setting', '1'),
+    (47, 'lease', '0'), (48, 'lease', '-1'), (49, 'lease', '1ms'), (50, 'lease', '72h'), (51, 'lease', '2147483648ms')
 ) v (n, name, value) ORDER BY n;
 
 -- a lifetime is not above max_ttl
@@ -43,15 +44,25 @@ SHOW idempotency.ttl;
 SET idempotency.error_ttl = '72h';
 SET idempotency.error_ttl = '259201s';
 \echo :SQLSTATE
+SET idempotency.lease = '72h';
+SET idempotency.lease = '259200001ms';
+\echo :SQLSTATE
+SHOW idempotency.lease;
 SET idempotency.max_ttl = '4d';
 SET idempotency.ttl = '4d';
 SET idempotency.ttl = '345601s';
 \echo :SQLSTATE
-RESET idempotency.max_ttl;
 RESET idempotency.ttl;
 RESET idempotency.error_ttl;
+SET idempotency.lease = '4d';
+SET idempotency.lease = '345601s';
+\echo :SQLSTATE
+RESET idempotency.lease;
+RESET idempotency.max_ttl;
 -- also where it is the setting of a role or of the database
 ALTER DATABASE contrib_regression SET idempotency.ttl = '73h';
+\echo :SQLSTATE
+ALTER DATABASE contrib_regression SET idempotency.lease = '73h';
 \echo :SQLSTATE
 
 -- idempotency.retryable_status: good lists and bad ones

@@ -47,14 +47,25 @@ SELECT idempotency_release('t', 'a', 'stolen');
 COMMIT;
 SELECT run('stolen');
 
--- a record that is pending is held by somebody, until its time is over
-INSERT INTO idempotency_key (tenant, action, key, actor, state, attempt, created_at, expires_at)
-VALUES ('t', 'a', 'pending', '', 'pending', 1, now(), now() + interval '1 hour');
-SELECT outcome, retry_after FROM idempotency_try_begin('t', 'a', 'pending');
-SELECT outcome, retry_after FROM idempotency_try_begin('t', 'a', 'pending', '{}');
+-- a record that is pending is held by somebody, until its lease is over
+INSERT INTO idempotency_key (tenant, action, key, actor, state, attempt, lease_expires_at, created_at, expires_at, ttl)
+VALUES ('t', 'a', 'pending', '', 'pending', 1, now() + interval '1 hour', now(), now() + interval '2 hours', '1 hour');
+SELECT outcome, retry_after > '59 min' AND retry_after <= '1 h' AS rest_of_lease
+FROM idempotency_try_begin('t', 'a', 'pending');
+SELECT outcome, retry_after > '59 min' AND retry_after <= '1 h' AS rest_of_lease
+FROM idempotency_try_begin('t', 'a', 'pending', '{}');
 SELECT r IS NULL AS nothing FROM idempotency_replay('t', 'a', 'pending') r;
+\set VERBOSITY terse
 SELECT idempotency_begin('t', 'a', 'pending');
 \echo :SQLSTATE
+\set VERBOSITY default
+-- or when it has none
+UPDATE idempotency_key SET lease_expires_at = NULL WHERE key = 'pending';
+BEGIN;
+SELECT outcome, attempt, retry_after FROM idempotency_try_begin('t', 'a', 'pending');
+ROLLBACK;
+SELECT run('pending');
+SELECT state, attempt FROM idempotency_key WHERE key = 'pending';
 DELETE FROM idempotency_key WHERE key = 'pending';
 
 --
@@ -303,13 +314,23 @@ CREATE TABLE copy AS SELECT * FROM idempotency_key WHERE key = 'k8';
 SELECT state, status_code, response FROM copy;
 
 
--- another order of the text: it would be searched for by bytes
+-- another order of the text: it would be searched for by bytes; the views are
+-- in the way of that, and are back after the rollback
+BEGIN;
+ALTER EXTENSION idempotency DROP VIEW idempotency_in_flight;
+ALTER EXTENSION idempotency DROP VIEW idempotency_stalled;
+DROP VIEW idempotency_in_flight, idempotency_stalled;
 ALTER TABLE idempotency_key ALTER COLUMN key TYPE text COLLATE "POSIX";
+SAVEPOINT s;
 SELECT run('k8');
 \echo :SQLSTATE
+ROLLBACK TO s;
 SELECT idempotency_replay('t', 'a', 'k1');
 \echo :SQLSTATE
+ROLLBACK TO s;
 ALTER TABLE idempotency_key ALTER COLUMN key TYPE text COLLATE "C";
+SELECT run('k8');
+ROLLBACK;
 SELECT run('k8');
 
 -- a state less, as a session sees it that starts now

@@ -179,13 +179,18 @@ SELECT key FROM idempotency_key ORDER BY key;
 COMMIT PREPARED 'locked';
 CALL idempotency_sweep();
 SELECT count(*) FROM idempotency_key;
--- one that is pending, which nobody finished
-INSERT INTO idempotency_key (tenant, action, key, actor, state, attempt, created_at, expires_at)
-VALUES ('t', 'old', 'pending', '', 'pending', 1, now() - interval '2 days', now() - interval '1 day');
+-- what is pending goes like the rest when its time is over, and not before,
+-- however long nobody has finished it
 SELECT add_records('old', 3);
 UPDATE idempotency_key SET expires_at = created_at;
+INSERT INTO idempotency_key (tenant, action, key, actor, state, attempt, lease_expires_at, created_at, expires_at, ttl)
+VALUES ('t', 'old', 'stalled-expired', '', 'pending', 1, now() - interval '3 days', now() - interval '4 days', now() - interval '1 day', '2 days'),
+       ('t', 'old', 'released-expired', '', 'pending', 1, NULL, now() - interval '4 days', now() - interval '1 day', '2 days'),
+       ('t', 'old', 'stalled', '', 'pending', 1, now() - interval '3 days', now() - interval '4 days', now() + interval '1 h', '3 days'),
+       ('t', 'old', 'released', '', 'pending', 1, NULL, now() - interval '4 days', now() + interval '1 h', '3 days'),
+       ('t', 'old', 'leased', '', 'pending', 1, now() + interval '1 h', now(), now() + interval '4 days', '3 days');
 CALL idempotency_sweep();
-SELECT key FROM idempotency_key;
+SELECT key FROM idempotency_key ORDER BY key;
 TRUNCATE idempotency_key;
 
 -- a claim on another scope is no hindrance

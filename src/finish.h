@@ -1,0 +1,30 @@
+/*-------------------------------------------------------------------------
+ *
+ * finish.h
+ *	  How a request ends.
+ *
+ *-------------------------------------------------------------------------
+ */
+#ifndef IDEMPOTENCY_FINISH_H
+#define IDEMPOTENCY_FINISH_H
+
+#include "postgres.h"
+
+#include "claim.h"
+#include "status.h"
+#include "store.h"
+
+/* What a request is answered with */
+typedef struct Answer
+{
+	NullableDatum status_code;	/* int */
+	NullableDatum response;		/* json */
+	NullableDatum headers;		/* jsonb */
+	NullableDatum body;			/* bytea */
+} Answer;
+
+extern void FinishCheckAnswer(const Answer *answer);
+extern StatusClass FinishClaim(const Scope *scope, Claim *claim,
+							   const Answer *answer, Record *record);
+
+#endif							/* IDEMPOTENCY_FINISH_H */

@@ -1,0 +1,289 @@
+/*-------------------------------------------------------------------------
+ *
+ * first_seen.c
+ *	  first_seen: which messages of a batch are new.
+ *
+ * A queue that delivers at least once delivers some messages again.  A
+ * consumer hands over the ids of a batch, and gets back those that it has to
+ * work on; the others were seen before.  The work and the memory of it are one
+ * transaction.
+ *
+ * An id that was seen is a record, as if the consumer had begun and finished a
+ * request with that key: the consumer is the action, there is no actor, and
+ * the answer is status 200 and nothing else.  So everything that is true of
+ * records (how long they are kept, who is told what, the sweep) is true here.
+ *
+ * Claims would cost a lock for each id until the end of the transaction.
+ * There are none; the unique index alone decides, in the way of INSERT ... ON
+ * CONFLICT: where another transaction is just inserting an id, we wait for its
+ * end, and if it commits, the id was seen.  Records are inserted in the order
+ * of their ids, so that two consumers with batches that overlap wait for each
+ * other in one direction only.
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "idempotency.h"
+
+#include "access/xact.h"
+#include "call.h"
+#include "catalog/pg_type_d.h"
+#include "funcapi.h"
+#include "lease.h"
+#include "miscadmin.h"
+#include "utils/array.h"
+#include "utils/builtins.h"
+#include "utils/timestamp.h"
+
+#define STATUS_SEEN		200
+
+/* Arguments of first_seen */
+enum
+{
+	FIRST_SEEN_TENANT,
+	FIRST_SEEN_CONSUMER,
+	FIRST_SEEN_MESSAGE_IDS,
+	FIRST_SEEN_TTL
+};
+
+/* One element of a batch */
+typedef struct MessageId
+{
+	Datum		id;				/* text */
+	int			position;		/* in the batch, from 0 */
+	bool		is_new;
+} MessageId;
+
+static MessageId *read_batch(ArrayType *batch, int *count);
+static void add_position(void *arg);
+static text *read_name(FunctionCallInfo fcinfo, int argument);
+static void record_batch(MessageId *ids, int count, const Scope *scope,
+						 int64 ttl);
+static bool record_id(Store *store, Record *record);
+static bool is_over(const Record *record);
+static int	compare_ids(const void *a, const void *b);
+static int	compare_positions(const void *a, const void *b);
+static int	compare_texts(Datum a, Datum b);
+
+PG_FUNCTION_INFO_V1(idempotency_first_seen);
+
+/*
+ * idempotency_first_seen(tenant text, consumer text, message_ids text[],
+ *						  ttl interval) returns setof text
+ *
+ * Record the ids of messages, and return those that are new, once each and in
+ * the order of the batch.
+ *
+ * Errors: ID001 for a null or empty id, ID002 for anything malformed, 25006 in
+ * a read-only transaction, 40001 in a serializable one, 42501.
+ */
+Datum
+idempotency_first_seen(PG_FUNCTION_ARGS)
+{
+	ReturnSetInfo *rsinfo = (ReturnSetInfo *) fcinfo->resultinfo;
+	Scope		scope = {0};
+	int64		ttl;
+	MessageId  *ids;
+	int			count;
+	text	   *tenant = read_name(fcinfo, FIRST_SEEN_TENANT);
+	text	   *consumer = read_name(fcinfo, FIRST_SEEN_CONSUMER);
+
+	PreventCommandIfReadOnly("idempotency_first_seen()");
+	PreventCommandIfParallelMode("idempotency_first_seen()");
+
+	ScopeCheckTenant(tenant);
+	if (VARSIZE_ANY_EXHDR(consumer) == 0 || PG_ARGISNULL(FIRST_SEEN_MESSAGE_IDS))
+		ereport(ERROR,
+				(errcode(ERRCODE_IDEMPOTENCY_MALFORMED),
+				 VARSIZE_ANY_EXHDR(consumer) == 0 ?
+				 errmsg("consumer is missing") :
+				 errmsg("message_ids is missing")));
+	ScopeCheckName("consumer", consumer);
+	scope.parts[SCOPE_TENANT] = PointerGetDatum(tenant);
+	scope.parts[SCOPE_ACTION] = PointerGetDatum(consumer);
+	scope.parts[SCOPE_ACTOR] = PointerGetDatum(cstring_to_text(""));
+	ttl = CallReadTtl(fcinfo, FIRST_SEEN_TTL);
+	ids = read_batch(PG_GETARG_ARRAYTYPE_P(FIRST_SEEN_MESSAGE_IDS), &count);
+
+	InitMaterializedSRF(fcinfo, MAT_SRF_USE_EXPECTED_DESC);
+	record_batch(ids, count, &scope, ttl);
+
+	qsort(ids, count, sizeof(MessageId), compare_positions);
+	for (int i = 0; i < count; i++)
+	{
+		bool		isnull = false;
+
+		if (ids[i].is_new)
+			tuplestore_putvalues(rsinfo->setResult, rsinfo->setDesc,
+								 &ids[i].id, &isnull);
+	}
+
+	return (Datum) 0;
+}
+
+/*
+ * A text argument, '' when it is null.
+ */
+static text *
+read_name(FunctionCallInfo fcinfo, int argument)
+{
+	if (PG_ARGISNULL(argument))
+		return cstring_to_text("");
+	return PG_GETARG_TEXT_PP(argument);
+}
+
+/*
+ * The ids of a batch, checked.
+ */
+static MessageId *
+read_batch(ArrayType *batch, int *count)
+{
+	Datum	   *elements;
+	bool	   *nulls;
+	MessageId  *ids;
+	int			position = 0;
+	ErrorContextCallback context = {
+		.previous = error_context_stack,
+		.callback = add_position,
+		.arg = &position
+	};
+
+	deconstruct_array(batch, TEXTOID, -1, false, TYPALIGN_INT,
+					  &elements, &nulls, count);
+	ids = MemoryContextAllocHuge(CurrentMemoryContext,
+								 sizeof(MessageId) * (Size) Max(*count, 1));
+
+	error_context_stack = &context;
+	for (; position < *count; position++)
+	{
+		if (nulls[position])
+			elements[position] = PointerGetDatum(cstring_to_text(""));
+		ScopeCheckKey(DatumGetTextPP(elements[position]));
+		ids[position].id = elements[position];
+		ids[position].position = position;
+		ids[position].is_new = false;
+	}
+	error_context_stack = context.previous;
+
+	return ids;
+}
+
+/*
+ * Error context callback: say which id of the batch is meant.
+ */
+static void
+add_position(void *arg)
+{
+	errcontext("element %d of message_ids", *(int *) arg + 1);
+}
+
+/*
+ * Record the ids of a batch, and mark those that are new.
+ */
+static void
+record_batch(MessageId *ids, int count, const Scope *scope, int64 ttl)
+{
+	TimestampTz now = GetCurrentTimestamp();
+	Store		store;
+	Record		record;
+
+	qsort(ids, count, sizeof(MessageId), compare_ids);
+
+	StoreOpen(&store, RowExclusiveLock);
+	RecordInit(&record, scope);
+	RecordSetState(&record, RECORD_COMPLETED);
+	RecordSet(&record, status_code, Int32GetDatum(STATUS_SEEN));
+	RecordSet(&record, created_at, TimestampTzGetDatum(now));
+	RecordSet(&record, finished_at, TimestampTzGetDatum(now));
+	RecordSet(&record, expires_at, TimestampTzGetDatum(now + ttl));
+
+	for (int i = 0; i < count; i++)
+	{
+		CHECK_FOR_INTERRUPTS();
+
+		/* the second of two that are the same in the batch is not new */
+		if (i > 0 && compare_texts(ids[i - 1].id, ids[i].id) == 0)
+			continue;
+
+		RecordSet(&record, key, ids[i].id);
+		RecordSet(&record, attempt, Int32GetDatum(1));
+		ids[i].is_new = record_id(&store, &record);
+	}
+	StoreClose(&store);
+}
+
+/*
+ * Record an id, unless it was seen before.  Returns whether it is new.
+ *
+ * A row that counts as absent is replaced, and if it was that of a leased
+ * claim, its attempt is fenced off.
+ */
+static bool
+record_id(Store *store, Record *record)
+{
+	Record		found;
+
+	while (!StoreInsertUnlessFound(store, record, &found))
+	{
+		if (!is_over(&found))
+		{
+			StoreCheckSerializable(store);
+			return false;
+		}
+		if (StoreLock(store, true, &found) == ROW_LOCKED && is_over(&found))
+		{
+			RecordSet(record, attempt,
+					  Int32GetDatum(DatumGetInt32(RecordValue(&found, attempt)) + 1));
+			(void) StoreDelete(store, true);
+		}
+	}
+	return true;
+}
+
+/*
+ * Whether a row is no answer, and no claim that somebody holds.
+ */
+static bool
+is_over(const Record *record)
+{
+	TimestampTz now = GetCurrentTimestamp();
+
+	return DatumGetTimestampTz(RecordValue(record, expires_at)) <= now ||
+		LeaseIsOver(record, now);
+}
+
+/*
+ * qsort comparator: by id, and the first of the batch first.
+ */
+static int
+compare_ids(const void *a, const void *b)
+{
+	int			result = compare_texts(((const MessageId *) a)->id,
+									   ((const MessageId *) b)->id);
+
+	return result != 0 ? result : compare_positions(a, b);
+}
+
+/*
+ * qsort comparator: in the order of the batch.
+ */
+static int
+compare_positions(const void *a, const void *b)
+{
+	return ((const MessageId *) a)->position - ((const MessageId *) b)->position;
+}
+
+/*
+ * Compare two texts by their bytes, as the primary key does.
+ */
+static int
+compare_texts(Datum a, Datum b)
+{
+	text	   *text_a = DatumGetTextPP(a);
+	text	   *text_b = DatumGetTextPP(b);
+	int			len_a = VARSIZE_ANY_EXHDR(text_a);
+	int			len_b = VARSIZE_ANY_EXHDR(text_b);
+	int			result = memcmp(VARDATA_ANY(text_a), VARDATA_ANY(text_b),
+								Min(len_a, len_b));
+
+	return result != 0 ? result : len_a - len_b;
+}

@@ -1,0 +1,29 @@
+/*-------------------------------------------------------------------------
+ *
+ * lease.h
+ *	  Leased claims, which are rows.
+ *
+ *-------------------------------------------------------------------------
+ */
+#ifndef IDEMPOTENCY_LEASE_H
+#define IDEMPOTENCY_LEASE_H
+
+#include "postgres.h"
+
+#include "in_flight.h"
+#include "scope.h"
+#include "store.h"
+
+extern void LeaseInsert(Store *store, const Scope *scope,
+						const ClaimFacts *facts, int64 ttl);
+extern void LeaseTakeOver(Store *store, Record *record,
+						  const ClaimFacts *facts, int64 ttl);
+extern void LeaseFind(Store *store, Scope *scope, int attempt,
+					  Record *record);
+extern void LeaseRenew(Record *record, TimestampTz lease_expires_at);
+extern void LeaseRelease(Store *store, Record *record);
+extern TimestampTz LeaseGetAnswerExpiry(const Record *record, TimestampTz now);
+extern bool LeaseIsOver(const Record *record, TimestampTz now);
+extern bool LeaseIsReleased(const Record *record);
+
+#endif							/* IDEMPOTENCY_LEASE_H */

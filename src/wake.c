@@ -1,0 +1,184 @@
+/*-------------------------------------------------------------------------
+ *
+ * wake.c
+ *	  Waiting for a lease to end, and waking those who do.
+ *
+ * Nobody holds a lock for as long as a lease lasts, so a repeat that waits for
+ * a leased claim has no lock to queue for.  It sleeps on a condition variable
+ * in shared memory, and a transaction that has finished or released the claim
+ * signals it when it is over, that is when its change can be seen.  So does one
+ * that was aborted, or only made a checkpoint: who wanted to take the claim
+ * over may have found the row locked by it.
+ *
+ * There are NUM_CHANNELS variables, chosen by the hash of the scope.  Being
+ * woken means no more than that it is time to look again, so it does no harm
+ * that several scopes share one.  Nobody signals when a claim ends in other
+ * ways (COMMIT PREPARED runs no code of ours, an administrator may delete the
+ * row), hence nobody sleeps longer than MAX_SLEEP_MS at a time.
+ *
+ * Without shared memory, that is when the library is not preloaded, a waiter
+ * has nothing to be woken by, and looks again every POLL_MS.
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "idempotency.h"
+
+#include "access/xact.h"
+#include "miscadmin.h"
+#include "storage/condition_variable.h"
+#include "storage/ipc.h"
+#include "storage/latch.h"
+#include "storage/lwlock.h"
+#include "storage/shmem.h"
+#include "utils/wait_event.h"
+#include "wake.h"
+
+#define NUM_CHANNELS	64
+#define MAX_SLEEP_MS	1000
+#define POLL_MS			50
+
+static void request_shmem(void);
+static void startup_shmem(void);
+static int	get_channel(const Scope *scope);
+static void at_end_of_xact(XactEvent event, void *arg);
+
+static shmem_request_hook_type prev_shmem_request_hook = NULL;
+static shmem_startup_hook_type prev_shmem_startup_hook = NULL;
+
+/* in shared memory, null unless the library is preloaded */
+static ConditionVariable *channels = NULL;
+
+/* channels to signal at the end of this transaction, a bit each */
+static uint64 pending = 0;
+
+/*
+ * Hook into the start of the server, and the end of transactions.
+ */
+void
+WakeInit(void)
+{
+	RegisterXactCallback(at_end_of_xact, NULL);
+
+	if (!process_shared_preload_libraries_in_progress)
+		return;
+
+	prev_shmem_request_hook = shmem_request_hook;
+	shmem_request_hook = request_shmem;
+	prev_shmem_startup_hook = shmem_startup_hook;
+	shmem_startup_hook = startup_shmem;
+}
+
+/*
+ * Wake those who wait for the claim on a scope when this transaction is over.
+ */
+void
+WakeAtEnd(const Scope *scope)
+{
+	pending |= UINT64CONST(1) << get_channel(scope);
+}
+
+/*
+ * Get ready to sleep: what happens from now on wakes us.
+ *
+ * So the caller has to look once more before it goes to sleep.
+ */
+void
+WakePrepare(const Scope *scope)
+{
+	if (channels != NULL)
+		ConditionVariablePrepareToSleep(&channels[get_channel(scope)]);
+}
+
+/*
+ * Sleep until it is time to look again, at most timeout_ms milliseconds.
+ */
+void
+WakeSleep(const Scope *scope, int timeout_ms)
+{
+	if (channels != NULL)
+	{
+		ConditionVariableTimedSleep(&channels[get_channel(scope)],
+									Min(timeout_ms, MAX_SLEEP_MS),
+									PG_WAIT_EXTENSION);
+		return;
+	}
+
+	(void) WaitLatch(MyLatch, WL_LATCH_SET | WL_TIMEOUT | WL_EXIT_ON_PM_DEATH,
+					 Min(timeout_ms, POLL_MS), PG_WAIT_EXTENSION);
+	ResetLatch(MyLatch);
+	CHECK_FOR_INTERRUPTS();
+}
+
+/*
+ * The caller waits no longer.
+ */
+void
+WakeDone(void)
+{
+	if (channels != NULL)
+		ConditionVariableCancelSleep();
+}
+
+/*
+ * shmem_request hook
+ */
+static void
+request_shmem(void)
+{
+	if (prev_shmem_request_hook)
+		prev_shmem_request_hook();
+
+	RequestAddinShmemSpace(MAXALIGN(NUM_CHANNELS * sizeof(ConditionVariable)));
+}
+
+/*
+ * shmem_startup hook: make the variables, or attach to them in a new process.
+ */
+static void
+startup_shmem(void)
+{
+	bool		found;
+
+	if (prev_shmem_startup_hook)
+		prev_shmem_startup_hook();
+
+	LWLockAcquire(AddinShmemInitLock, LW_EXCLUSIVE);
+	channels = ShmemInitStruct("idempotency wake",
+							   NUM_CHANNELS * sizeof(ConditionVariable),
+							   &found);
+	for (int i = 0; !found && i < NUM_CHANNELS; i++)
+		ConditionVariableInit(&channels[i]);
+	LWLockRelease(AddinShmemInitLock);
+}
+
+/*
+ * The channel of a scope, whose lock tag must be set.
+ */
+static int
+get_channel(const Scope *scope)
+{
+	return scope->locktag.locktag_field2 % NUM_CHANNELS;
+}
+
+/*
+ * Transaction callback: what this transaction did can be seen now, or never
+ * will be.
+ */
+static void
+at_end_of_xact(XactEvent event, void *arg)
+{
+	if (pending == 0)
+		return;
+
+	if (event == XACT_EVENT_COMMIT || event == XACT_EVENT_ABORT)
+	{
+		for (int i = 0; channels != NULL && i < NUM_CHANNELS; i++)
+		{
+			if (pending & (UINT64CONST(1) << i))
+				ConditionVariableBroadcast(&channels[i]);
+		}
+	}
+	if (event == XACT_EVENT_COMMIT || event == XACT_EVENT_ABORT ||
+		event == XACT_EVENT_PREPARE)
+		pending = 0;
+}
