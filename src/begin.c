@@ -24,7 +24,8 @@
  * returns, so that repeats do not wait for each other's transactions.
  *
  * Where there is a row to be taken over or replaced by that of a leased claim,
- * it is locked too, and checked once more as it is then (lease.c says why).
+ * it is locked too (lease.c says why), unless somebody changed it meanwhile;
+ * then begin looks again.
  *
  * Waiting changes nothing of this: when the wait is over, for whatever reason,
  * begin looks again and decides by the same table, until it has something
@@ -292,11 +293,11 @@ decide_now(Request *request)
 			if (!StoreIsCurrent(&request->store))
 				continue;
 		}
-		if (!request->locked)
-			return decide_by_lock(request);
 
 		if (request->life == RECORD_LIVE && mismatches_record(request))
 			return decide_by_record(request);
+		if (!request->locked)
+			return decide_by_lock(request);
 
 		switch (lock_row(request))
 		{
@@ -305,7 +306,7 @@ decide_now(Request *request)
 			case ROW_BUSY:
 				unlock(request);
 				return OUTCOME_IN_FLIGHT;
-			case ROW_GONE:
+			case ROW_CHANGED:
 				break;
 		}
 	}
@@ -348,6 +349,10 @@ decide_by_lock(Request *request)
 static void
 wait_for_holder(Request *request, int wait_ms)
 {
+	if (is_leased(request))
+		wait_ms = Min(wait_ms, (get_rest_of_lease(request) + 999) / 1000);
+	StoreForget(&request->store);
+
 	if (request->locked_out)
 	{
 		request->locked = ClaimWaitLock(&request->scope.locktag, wait_ms);
@@ -363,8 +368,6 @@ wait_for_holder(Request *request, int wait_ms)
 		return;
 	}
 
-	if (is_leased(request))
-		wait_ms = Min(wait_ms, (get_rest_of_lease(request) + 999) / 1000);
 	WakeSleep(&request->scope, wait_ms);
 }
 
@@ -386,33 +389,24 @@ look_up(Request *request)
 /*
  * Lock the row that we are about to take over or to replace, if there is one.
  *
- * The result is ROW_GONE also when it is not any more what was found.  Who has
- * a pending row locked is just ending the claim, and may take long to commit.
- * Anybody else is a sweep.
+ * The result is ROW_BUSY when a transaction, which may take long to commit, has
+ * it locked: one that is just ending the claim or, rarely, replacing or
+ * sweeping an expired record.
  */
 static RowLock
 lock_row(Request *request)
 {
-	RecordLife	life = request->life;
-	Record	   *record = &request->record;
-	TimestampTz now = GetCurrentTimestamp();
 	RowLock		lock;
 
 	/* a transaction claim leaves an expired record to finish */
-	if (life == RECORD_ABSENT || (life == RECORD_EXPIRED && request->lease == 0))
+	if (request->life == RECORD_ABSENT ||
+		(request->life == RECORD_EXPIRED && request->lease == 0))
 		return ROW_LOCKED;
 
-	lock = StoreLock(&request->store,
-					 RecordGetState(record) != RECORD_PENDING, record);
+	lock = StoreLock(&request->store, false, &request->record);
 	if (lock != ROW_LOCKED)
-		return lock;
-
-	if (life == RECORD_EXPIRED)
-		return DatumGetTimestampTz(RecordValue(record, expires_at)) <= now ?
-			ROW_LOCKED : ROW_GONE;
-
-	StoreCheckSerializable(&request->store);
-	return LeaseIsOver(record, now) ? ROW_LOCKED : ROW_GONE;
+		request->life = RECORD_ABSENT;
+	return lock;
 }
 
 /*
@@ -457,7 +451,7 @@ start(Request *request)
 		.fingerprint = request->fingerprint,
 	};
 
-	if (takes_over || (request->life == RECORD_EXPIRED && request->lease > 0))
+	if (request->life != RECORD_ABSENT)
 		facts.attempt = DatumGetInt32(RecordValue(record, attempt)) + 1;
 
 	if (takes_over)
@@ -466,6 +460,7 @@ start(Request *request)
 			FingerprintFromBytea(&facts.fingerprint,
 								 RecordValue(record, request_hash));
 		LeaseTakeOver(&request->store, record, &facts, request->ttl);
+		WakeAtEnd(&request->scope);
 	}
 	else if (request->lease > 0)
 	{
@@ -477,6 +472,8 @@ start(Request *request)
 	claim = ClaimAdd(&request->scope, &facts);
 	claim->replaces = (request->life == RECORD_EXPIRED);
 	claim->takes_over = takes_over;
+	if (takes_over)
+		claim->created_at = DatumGetTimestampTz(RecordValue(record, created_at));
 	claim->ttl = request->ttl;
 	claim->error_ttl = request->error_ttl;
 	return claim;
@@ -529,14 +526,14 @@ raise_in_flight(const Request *request)
 }
 
 /*
- * Whether a request is in flight because of a lease that has not run out.
+ * Whether a request is in flight because of a lease, which had not run out when
+ * it was looked up.
  */
 static bool
 is_leased(const Request *request)
 {
 	return !request->locked_out && request->life == RECORD_LIVE &&
-		!RecordIsNull(&request->record, lease_expires_at) &&
-		get_rest_of_lease(request) > 0;
+		!RecordIsNull(&request->record, lease_expires_at);
 }
 
 /*

@@ -12,6 +12,7 @@
 #include "idempotency.h"
 
 #include "call.h"
+#include "claim.h"
 #include "lease.h"
 #include "miscadmin.h"
 #include "scope.h"
@@ -50,6 +51,7 @@ Datum
 idempotency_checkpoint(PG_FUNCTION_ARGS)
 {
 	Scope		scope;
+	Claim	   *claim;
 	Store		store;
 	Record		record;
 	int64		lease;
@@ -60,6 +62,13 @@ idempotency_checkpoint(PG_FUNCTION_ARGS)
 	ScopeFromArguments(&scope, fcinfo, CHECKPOINT_ACTOR);
 	check_arguments(fcinfo);
 	lease = CallReadLease(fcinfo, CHECKPOINT_LEASE);
+
+	claim = ClaimFindHeld(&scope);
+	if (claim != NULL && !claim_is_leased(&claim->facts))
+		ereport(ERROR,
+				(errcode(ERRCODE_IDEMPOTENCY_NO_CLAIM),
+				 errmsg("no such claim"),
+				 errdetail("The claim of this transaction is not leased.")));
 
 	StoreOpen(&store, RowExclusiveLock);
 	LeaseFind(&store, &scope, PG_GETARG_INT32(CHECKPOINT_ATTEMPT), &record);

@@ -166,6 +166,7 @@ ClaimAdd(const Scope *scope, const ClaimFacts *facts)
 	claim->ended_level = 0;
 	claim->replaces = false;
 	claim->takes_over = false;
+	claim->created_at = facts->started_at;
 	claim->ttl = 0;
 	claim->error_ttl = 0;
 	claim->facts = *facts;

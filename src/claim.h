@@ -24,6 +24,7 @@ typedef struct Claim
 	bool		tracked;		/* has an entry in shared memory */
 	bool		replaces;		/* there was an expired record */
 	bool		takes_over;		/* there is the record of a lease, now ours */
+	TimestampTz created_at;		/* begin of the first attempt */
 	int64		ttl;			/* to keep a completed answer, microseconds */
 	int64		error_ttl;		/* to keep a final error, microseconds */
 	ClaimFacts	facts;

@@ -79,7 +79,8 @@ copy_guc_variables(int *num_vars)
 
 /* The right to use an object was asked for by a function for each kind */
 #define object_aclcheck(classid, objectid, roleid, mode) \
-	(AssertMacro((classid) == ProcedureRelationId), \
+	((classid) == NamespaceRelationId ? \
+	 pg_namespace_aclcheck(objectid, roleid, mode) : \
 	 pg_proc_aclcheck(objectid, roleid, mode))
 
 /* get_extension_schema() was private to extension.c */

@@ -48,14 +48,15 @@ enum
 	RELEASE_ATTEMPT
 };
 
+static void check_answer(const Answer *answer);
 static void check_size(const Answer *answer);
 static Claim *find_claim(const Scope *scope, FunctionCallInfo fcinfo,
 						 int attempt_argument);
 static void refuse_unnamed_lease(const Scope *scope);
 static StatusClass finish_lease(Scope *scope, int attempt,
 								const Answer *answer);
-static bool is_finished(const Record *record, StatusClass class,
-						const Answer *answer);
+static bool is_finished(const Record *record, const Answer *answer,
+						StatusClass *class);
 static bool same_value(Datum stored, bool stored_isnull,
 					   const NullableDatum *given, int typlen);
 static bool release_lease(Scope *scope, int attempt);
@@ -94,7 +95,7 @@ idempotency_finish(PG_FUNCTION_ARGS)
 
 	CallNeedsReadWrite("idempotency_finish()");
 	ScopeFromArguments(&scope, fcinfo, FINISH_ACTOR);
-	FinishCheckAnswer(&answer);
+	check_answer(&answer);
 
 	claim = find_claim(&scope, fcinfo, FINISH_ATTEMPT);
 	if (claim != NULL && !claim_is_leased(&claim->facts))
@@ -158,30 +159,6 @@ idempotency_release(PG_FUNCTION_ARGS)
 }
 
 /*
- * Refuse an answer that nobody could store.
- *
- * Errors: ID002.
- */
-void
-FinishCheckAnswer(const Answer *answer)
-{
-	if (answer->status_code.isnull ||
-		DatumGetInt32(answer->status_code.value) < STATUS_MIN ||
-		DatumGetInt32(answer->status_code.value) > STATUS_MAX)
-		ereport(ERROR,
-				(errcode(ERRCODE_IDEMPOTENCY_MALFORMED),
-				 errmsg("status_code is out of range"),
-				 errdetail("It must be an HTTP status, from %d to %d.",
-						   STATUS_MIN, STATUS_MAX)));
-
-	if (!answer->response.isnull && !answer->body.isnull)
-		ereport(ERROR,
-				(errcode(ERRCODE_IDEMPOTENCY_MALFORMED),
-				 errmsg("both response and body were given"),
-				 errhint("Use response for JSON and body for anything else.")));
-}
-
-/*
  * Finish a transaction claim of this transaction.
  *
  * *record is filled in with what was stored, or would have been if the status
@@ -200,7 +177,7 @@ FinishClaim(const Scope *scope, Claim *claim, const Answer *answer,
 		RecordSet(record, request_hash,
 				  FingerprintGetBytea(&claim->facts.fingerprint));
 	RecordSet(record, attempt, Int32GetDatum(claim->facts.attempt));
-	RecordSet(record, created_at, TimestampTzGetDatum(claim->facts.started_at));
+	RecordSet(record, created_at, TimestampTzGetDatum(claim->created_at));
 	RecordSet(record, expires_at, TimestampTzGetDatum(now + claim->ttl));
 	if (class == STATUS_ERRORED)
 		RecordSet(record, expires_at, TimestampTzGetDatum(now + claim->error_ttl));
@@ -214,6 +191,26 @@ FinishClaim(const Scope *scope, Claim *claim, const Answer *answer,
 	ClaimEnd(claim);
 
 	return class;
+}
+
+/*
+ * Refuse an answer that cannot be stored.
+ */
+static void
+check_answer(const Answer *answer)
+{
+	if (!StatusIsValid(&answer->status_code))
+		ereport(ERROR,
+				(errcode(ERRCODE_IDEMPOTENCY_MALFORMED),
+				 errmsg("status_code is out of range"),
+				 errdetail("It must be an HTTP status, from %d to %d.",
+						   STATUS_MIN, STATUS_MAX)));
+
+	if (!answer->response.isnull && !answer->body.isnull)
+		ereport(ERROR,
+				(errcode(ERRCODE_IDEMPOTENCY_MALFORMED),
+				 errmsg("both response and body were given"),
+				 errhint("Use response for JSON and body for anything else.")));
 }
 
 /*
@@ -287,7 +284,7 @@ finish_lease(Scope *scope, int attempt, const Answer *answer)
 	LeaseFind(&store, scope, attempt, &record);
 	now = GetCurrentTimestamp();
 
-	if (is_finished(&record, class, answer))
+	if (is_finished(&record, answer, &class))
 		 /* the caller did not get to know, and asks again */ ;
 	else if (RecordGetState(&record) != RECORD_PENDING ||
 			 LeaseIsReleased(&record))
@@ -315,18 +312,22 @@ finish_lease(Scope *scope, int attempt, const Answer *answer)
 
 /*
  * Whether a leased claim was ended before in the same way.
+ *
+ * *class is what the status means by today's settings, and is set to what it
+ * meant when the answer was stored.
  */
 static bool
-is_finished(const Record *record, StatusClass class, const Answer *answer)
+is_finished(const Record *record, const Answer *answer, StatusClass *class)
 {
-	if (class == STATUS_RELEASED)
-		return LeaseIsReleased(record);
+	RecordState state = RecordGetState(record);
 
-	return RecordGetState(record) == (class == STATUS_COMPLETED ?
-									  RECORD_COMPLETED : RECORD_ERRORED) &&
-		same_value(RecordValue(record, status_code),
-				   RecordIsNull(record, status_code),
-				   &answer->status_code, sizeof(int32)) &&
+	if (state == RECORD_PENDING)
+		return *class == STATUS_RELEASED && LeaseIsReleased(record);
+
+	*class = (state == RECORD_COMPLETED) ? STATUS_COMPLETED : STATUS_ERRORED;
+	return same_value(RecordValue(record, status_code),
+					  RecordIsNull(record, status_code),
+					  &answer->status_code, sizeof(int32)) &&
 		same_value(RecordValue(record, response),
 				   RecordIsNull(record, response), &answer->response, -1) &&
 		same_value(RecordValue(record, headers),
@@ -388,12 +389,10 @@ write_record(const Scope *scope, const Claim *claim, Record *record)
 	if (claim->replaces || claim->takes_over)
 		life = StoreFind(&store, scope, GetCurrentTimestamp(), &found);
 
-	if (claim->takes_over && life != RECORD_ABSENT)
-	{
-		/* begin made the row ours, so nobody else can have changed it */
-		RecordSet(record, created_at, RecordValue(&found, created_at));
+	if (claim->takes_over && life != RECORD_ABSENT &&
+		RecordGetState(&found) == RECORD_PENDING &&
+		DatumGetInt32(RecordValue(&found, attempt)) == claim->facts.attempt)
 		StoreUpdate(&store, record);
-	}
 	else
 	{
 		/* a sweep may have been faster, and anything else fails below */

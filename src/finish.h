@@ -23,7 +23,6 @@ typedef struct Answer
 	NullableDatum body;			/* bytea */
 } Answer;
 
-extern void FinishCheckAnswer(const Answer *answer);
 extern StatusClass FinishClaim(const Scope *scope, Claim *claim,
 							   const Answer *answer, Record *record);
 

@@ -229,7 +229,7 @@ record_id(Store *store, Record *record)
 			StoreCheckSerializable(store);
 			return false;
 		}
-		if (StoreLock(store, true, &found) == ROW_LOCKED && is_over(&found))
+		if (StoreLock(store, true, &found) == ROW_LOCKED)
 		{
 			RecordSet(record, attempt,
 					  Int32GetDatum(DatumGetInt32(RecordValue(&found, attempt)) + 1));

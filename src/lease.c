@@ -13,10 +13,10 @@
  * Fencing.  Who was taken over may not know it.  A process that was stopped
  * for longer than its lease comes back and goes on where it was.  Therefore
  * each takeover has the next attempt number, and finish, checkpoint and
- * release name the attempt that they belong to: they find the row, lock it in
- * its last version, whatever the snapshot of their transaction shows, and
- * compare.  While no one has taken over, a late finish is as good as one in
- * time.
+ * release name the attempt that they belong to.  They find the row as it is
+ * now, whatever the snapshot of their transaction shows, compare, and lock it;
+ * if somebody changed it before they had the lock, they look again.  While no
+ * one has taken over, a late finish is as good as one in time.
  *
  * A takeover holds two locks.  That of the scope, as any begin, so that others
  * are told that the request is in flight; and that of the row, which is what
@@ -25,7 +25,7 @@
  * for the takeover and F for the finish of the old attempt:
  *
  *		F updates, T finds the row locked		T: in flight
- *		F updates, F commits, T locks			T sees the answer, and replays
+ *		T finds the row, F updates and commits	T looks again, and replays
  *		T updates, F waits, T commits			F: its attempt is stale
  *		T updates, F waits, T rolls back		F succeeds
  *
@@ -41,17 +41,19 @@
  *		lease_expires_at is null				released, may be taken over
  *
  * A released row holds nothing but its attempt number, which must not be given
- * out again.  Numbers also go on when an expired row is claimed anew.
+ * out again.  Numbers also go on when an expired row is claimed anew, by
+ * whatever claim.  They start again only when the row has been swept, which is
+ * no sooner than the ttl after the end of the lease.
  *
  * A transaction claim can take over a stalled lease.  The row then gets its
- * attempt at once, which fences the old one off, but its lease stays in the
- * past: when the transaction ends without an answer, the row is as free as it
+ * attempt at once, which fences the old one off, and nothing else; its lease
+ * stays in the past.  So when the claim is released, the row is as free as it
  * was.
  *
  * HOT updates.  A row is written at begin and updated at each checkpoint and
  * at finish.  That needs no new index entries as long as no indexed column
  * changes, and expires_at is indexed.  So it has some room from the beginning
- * (EXPIRY_ROOM): renewing the lease does not move it as long as it leaves the
+ * (see get_expiry_room()): renewing the lease does not move it as long as it leaves the
  * ttl after the end of the lease, and neither does an answer that would be
  * forgotten a little sooner otherwise.
  *
@@ -65,11 +67,13 @@
 #include "utils/timestamp.h"
 #include "wake.h"
 
-/* How much longer than needed a record may be kept */
-#define EXPIRY_ROOM(ttl)	((ttl) / 8)
+/* How much longer than its ttl an answer may be kept, as a part of that */
+#define EXPIRY_ROOM_PART	8
 
+static void check_attempt(int attempt, int latest);
 static void set_lease(Record *record, const ClaimFacts *facts, int64 ttl);
 static int64 get_ttl(const Record *record);
+static int64 get_expiry_room(int64 ttl);
 
 /*
  * Write the row of a new leased claim.
@@ -84,9 +88,6 @@ LeaseInsert(Store *store, const Scope *scope, const ClaimFacts *facts,
 
 	RecordInit(&record, scope);
 	RecordSetState(&record, RECORD_PENDING);
-	if (facts->fingerprint.len > 0)
-		RecordSet(&record, request_hash,
-				  FingerprintGetBytea(&facts->fingerprint));
 	RecordSet(&record, attempt, Int32GetDatum(facts->attempt));
 	RecordSet(&record, created_at, TimestampTzGetDatum(facts->started_at));
 	set_lease(&record, facts, ttl);
@@ -102,9 +103,6 @@ void
 LeaseTakeOver(Store *store, Record *record, const ClaimFacts *facts, int64 ttl)
 {
 	RecordSet(record, attempt, Int32GetDatum(facts->attempt));
-	if (facts->fingerprint.len > 0)
-		RecordSet(record, request_hash,
-				  FingerprintGetBytea(&facts->fingerprint));
 	if (claim_is_leased(facts))
 		set_lease(record, facts, ttl);
 	StoreUpdate(store, record);
@@ -122,38 +120,44 @@ LeaseTakeOver(Store *store, Record *record, const ClaimFacts *facts, int64 ttl)
 void
 LeaseFind(Store *store, Scope *scope, int attempt, Record *record)
 {
-	RowLock		lock = ROW_GONE;
-
-	while (lock != ROW_LOCKED &&
-		   StoreFind(store, scope, GetCurrentTimestamp(), record) == RECORD_LIVE)
-	{
-		CHECK_FOR_INTERRUPTS();
-		lock = StoreLock(store, true, record);
-	}
-
-	/* the row of a transaction claim has no lease, and is not pending */
-	if (lock != ROW_LOCKED ||
-		(RecordIsNull(record, lease_expires_at) &&
-		 RecordGetState(record) != RECORD_PENDING))
-		ereport(ERROR,
-				(errcode(ERRCODE_IDEMPOTENCY_NO_CLAIM),
-				 errmsg("no such claim"),
-				 errdetail("There is no leased claim on the request.")));
-
-	if (DatumGetInt32(RecordValue(record, attempt)) != attempt)
-		ereport(ERROR,
-				(errcode(ERRCODE_IDEMPOTENCY_NO_CLAIM),
-				 errmsg("no such claim"),
-				 errdetail("Attempt %d is not the latest one, which is %d.",
-						   attempt,
-						   DatumGetInt32(RecordValue(record, attempt))),
-				 attempt < DatumGetInt32(RecordValue(record, attempt)) ?
-				 errhint("Stop working on the request: another attempt took it over.") : 0));
-
-	StoreCheckSerializable(store);
-
 	ScopeSetLocktag(scope);
 	WakeAtEnd(scope);
+
+	do
+	{
+		CHECK_FOR_INTERRUPTS();
+
+		/* the row of a transaction claim has no lease, and is not pending */
+		if (StoreFind(store, scope, GetCurrentTimestamp(), record) != RECORD_LIVE ||
+			(RecordIsNull(record, lease_expires_at) &&
+			 RecordGetState(record) != RECORD_PENDING))
+			ereport(ERROR,
+					(errcode(ERRCODE_IDEMPOTENCY_NO_CLAIM),
+					 errmsg("no such claim"),
+					 errdetail("There is no leased claim on the request.")));
+
+		check_attempt(attempt, DatumGetInt32(RecordValue(record, attempt)));
+	} while (StoreLock(store, true, record) != ROW_LOCKED);
+
+	StoreCheckSerializable(store);
+}
+
+/*
+ * Refuse an attempt that is not the latest one.
+ */
+static void
+check_attempt(int attempt, int latest)
+{
+	if (attempt == latest)
+		return;
+
+	ereport(ERROR,
+			(errcode(ERRCODE_IDEMPOTENCY_NO_CLAIM),
+			 errmsg("no such claim"),
+			 errdetail("Attempt %d is not the latest one, which is %d.",
+					   attempt, latest),
+			 attempt < latest ?
+			 errhint("Stop working on the request: another attempt took it over.") : 0));
 }
 
 /*
@@ -169,7 +173,7 @@ LeaseRenew(Record *record, TimestampTz lease_expires_at)
 	if (expires_at < lease_expires_at + ttl)
 		RecordSet(record, expires_at,
 				  TimestampTzGetDatum(lease_expires_at + ttl +
-									  EXPIRY_ROOM(ttl) / 2));
+									  get_expiry_room(ttl) / 2));
 }
 
 /*
@@ -196,7 +200,7 @@ LeaseGetAnswerExpiry(const Record *record, TimestampTz now)
 	int64		ttl = get_ttl(record);
 	TimestampTz expires_at = DatumGetTimestampTz(RecordValue(record, expires_at));
 
-	if (expires_at >= now + ttl && expires_at <= now + ttl + EXPIRY_ROOM(ttl))
+	if (expires_at >= now + ttl && expires_at <= now + ttl + get_expiry_room(ttl))
 		return expires_at;
 	return now + ttl;
 }
@@ -223,20 +227,23 @@ LeaseIsReleased(const Record *record)
 }
 
 /*
- * Put the lease of a claim into its record.
+ * Put the lease of a claim into its record, and what request it is for.
  */
 static void
 set_lease(Record *record, const ClaimFacts *facts, int64 ttl)
 {
 	Interval   *interval = palloc0_object(Interval);
 
+	if (facts->fingerprint.len > 0)
+		RecordSet(record, request_hash,
+				  FingerprintGetBytea(&facts->fingerprint));
 	interval->time = ttl;
 	RecordSet(record, ttl, IntervalPGetDatum(interval));
 	RecordSet(record, lease_expires_at,
 			  TimestampTzGetDatum(facts->lease_expires_at));
 	RecordSet(record, expires_at,
 			  TimestampTzGetDatum(facts->lease_expires_at + ttl +
-								  EXPIRY_ROOM(ttl) / 2));
+								  get_expiry_room(ttl) / 2));
 }
 
 /*
@@ -248,4 +255,16 @@ get_ttl(const Record *record)
 	if (RecordIsNull(record, ttl))
 		elog(ERROR, "pending idempotency record without ttl");
 	return CallIntervalToUsecs(DatumGetIntervalP(RecordValue(record, ttl)));
+}
+
+/*
+ * How much longer than its ttl an answer may be kept, but never longer than
+ * the administrator allows.
+ */
+static int64
+get_expiry_room(int64 ttl)
+{
+	int64		max_ttl = (int64) idempotency_max_ttl * USECS_PER_SEC;
+
+	return Min(ttl / EXPIRY_ROOM_PART, Max(max_ttl - ttl, 0));
 }

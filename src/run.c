@@ -20,6 +20,7 @@
 #include "begin.h"
 #include "call.h"
 #include "catalog/objectaccess.h"
+#include "catalog/pg_namespace.h"
 #include "catalog/pg_proc.h"
 #include "catalog/pg_type_d.h"
 #include "finish.h"
@@ -62,6 +63,7 @@ static const Oid response_types[RESPONSE_COLUMNS] = {
 #define DEFAULT_STATUS	200
 
 static Oid	check_handler(Oid handler);
+static void check_rights(Oid function, Oid namespace);
 static bool has_shape_of_handler(Form_pg_proc form);
 static void call_handler(Oid handler, Oid rettype, const NullableDatum *request,
 						 Answer *answer);
@@ -80,7 +82,8 @@ PG_FUNCTION_INFO_V1(idempotency_run);
  *
  * Errors: those of begin and finish; 22004 without a handler, 42883 when there
  * is none with that OID, 42809 for one of another shape, 42501 without the
- * right to call it, 39004 when it returns null, and its own.
+ * right to call it, 39004 when it returns null, 39000 when it returns no valid
+ * status, and its own.
  */
 Datum
 idempotency_run(PG_FUNCTION_ARGS)
@@ -111,11 +114,10 @@ idempotency_run(PG_FUNCTION_ARGS)
 
 	call_handler(PG_GETARG_OID(RUN_HANDLER), rettype,
 				 &fcinfo->args[RUN_REQUEST], &answer);
-	FinishCheckAnswer(&answer);
 
 	/* the handler may have ended the claim itself */
 	claim = ClaimFindHeld(&request.scope);
-	if (claim == NULL)
+	if (claim == NULL || claim_is_leased(&claim->facts))
 		ereport(ERROR,
 				(errcode(ERRCODE_IDEMPOTENCY_NO_CLAIM),
 				 errmsg("no such claim"),
@@ -140,7 +142,6 @@ check_handler(Oid handler)
 	HeapTuple	tuple = SearchSysCache1(PROCOID, ObjectIdGetDatum(handler));
 	Form_pg_proc form;
 	Oid			rettype;
-	AclResult	aclresult;
 
 	if (!HeapTupleIsValid(tuple))
 		ereport(ERROR,
@@ -156,15 +157,33 @@ check_handler(Oid handler)
 						format_procedure(handler)),
 				 errdetail("A handler is a function that takes one jsonb and returns one json, jsonb or %s.",
 						   format_type_be(StoreResponseType()))));
+	check_rights(handler, form->pronamespace);
 	ReleaseSysCache(tuple);
 
-	aclresult = object_aclcheck(ProcedureRelationId, handler, GetUserId(),
+	return rettype;
+}
+
+/*
+ * Check that the caller could call a function by its name, as the server does
+ * for one that is called by its OID (HandleFunctionRequest() in fastpath.c).
+ */
+static void
+check_rights(Oid function, Oid namespace)
+{
+	AclResult	aclresult;
+
+	aclresult = object_aclcheck(NamespaceRelationId, namespace, GetUserId(),
+								ACL_USAGE);
+	if (aclresult != ACLCHECK_OK)
+		aclcheck_error(aclresult, OBJECT_SCHEMA,
+					   get_namespace_name(namespace));
+	InvokeNamespaceSearchHook(namespace, true);
+
+	aclresult = object_aclcheck(ProcedureRelationId, function, GetUserId(),
 								ACL_EXECUTE);
 	if (aclresult != ACLCHECK_OK)
-		aclcheck_error(aclresult, OBJECT_FUNCTION, get_func_name(handler));
-	InvokeFunctionExecuteHook(handler);
-
-	return rettype;
+		aclcheck_error(aclresult, OBJECT_FUNCTION, get_func_name(function));
+	InvokeFunctionExecuteHook(function);
 }
 
 static bool
@@ -217,6 +236,14 @@ call_handler(Oid handler, Oid rettype, const NullableDatum *request,
 																	result)));
 	else
 		read_response(result, answer);
+
+	if (!StatusIsValid(&answer->status_code))
+		ereport(ERROR,
+				(errcode(ERRCODE_EXTERNAL_ROUTINE_INVOCATION_EXCEPTION),
+				 errmsg("handler %s returned a status_code out of range",
+						format_procedure(handler)),
+				 errdetail("It must be an HTTP status, from %d to %d.",
+						   STATUS_MIN, STATUS_MAX)));
 }
 
 /*

@@ -32,6 +32,17 @@ static bool parse_item(const char *item, RetryableStatuses *statuses);
 static RetryableStatuses *retryable_statuses;
 
 /*
+ * Whether this is an HTTP status, from STATUS_MIN to STATUS_MAX.
+ */
+bool
+StatusIsValid(const NullableDatum *status)
+{
+	return !status->isnull &&
+		DatumGetInt32(status->value) >= STATUS_MIN &&
+		DatumGetInt32(status->value) <= STATUS_MAX;
+}
+
+/*
  * What becomes of a request that is finished with this status.
  *
  * status must be from STATUS_MIN to STATUS_MAX.

@@ -22,6 +22,7 @@ typedef enum StatusClass
 	STATUS_RELEASED				/* keep nothing, a repeat may run */
 } StatusClass;
 
+extern bool StatusIsValid(const NullableDatum *status);
 extern StatusClass StatusClassify(int status);
 extern const char *StatusClassName(StatusClass class);
 extern bool StatusCheckRetryable(char **newval, void **extra, GucSource source);

@@ -228,6 +228,17 @@ StoreFind(Store *store, const Scope *scope, TimestampTz now, Record *record)
 }
 
 /*
+ * Let go of the row that was found last, before a long wait: as long as it is
+ * in a slot its page is pinned, and nobody can vacuum that.
+ */
+void
+StoreForget(Store *store)
+{
+	if (store->slot != NULL)
+		ExecClearTuple(store->slot);
+}
+
+/*
  * Whether a lookup made now would find what the last one found.
  *
  * The server counts the transactions that ended with something to show, and a
@@ -262,11 +273,13 @@ StoreCheckSerializable(Store *store)
 }
 
 /*
- * Lock the row that was found last, in its last version.
+ * Lock the row that was found last, if it is still what was found.
  *
- * What is locked is what the row is now, whoever changed it since it was
- * found, and at every isolation level; *record is filled in with that.  If we
- * may not wait for whoever has it locked, the result can be ROW_BUSY.
+ * Otherwise nothing is locked, and the caller has to look again: a lock on
+ * what has become of the row could not be given back before the end of the
+ * transaction, whatever the caller thinks of it.  If we may not wait for
+ * whoever has it locked, the result can be ROW_BUSY.  *record is filled in
+ * anew with ROW_LOCKED, and not to be used any more with the others.
  */
 RowLock
 StoreLock(Store *store, bool wait, Record *record)
@@ -279,7 +292,7 @@ StoreLock(Store *store, bool wait, Record *record)
 							  GetCurrentCommandId(false),
 							  LockTupleNoKeyExclusive,
 							  wait ? LockWaitBlock : LockWaitSkip,
-							  TUPLE_LOCK_FLAG_FIND_LAST_VERSION, &failure);
+							  0, &failure);
 	switch (result)
 	{
 		case TM_Ok:
@@ -287,8 +300,9 @@ StoreLock(Store *store, bool wait, Record *record)
 			return ROW_LOCKED;
 		case TM_WouldBlock:
 			return ROW_BUSY;
+		case TM_Updated:
 		case TM_Deleted:
-			return ROW_GONE;
+			return ROW_CHANGED;
 		default:
 			elog(ERROR, "unexpected table_tuple_lock status: %u", result);
 	}
@@ -321,16 +335,18 @@ StoreInsertUnlessFound(Store *store, const Record *record, Record *found)
 	StoreWriter *writer;
 	List	   *arbiters = list_make1_oid(RelationGetPrimaryKeyIndex(store->rel, false));
 	ItemPointerData conflict;
+	ItemPointerData none;
 	bool		inserted = false;
 
 	open_writer(store, true);
 	fill_writer(store, record);
 	writer = store->writer;
 
+	ItemPointerSetInvalid(&none);
 	while (!inserted &&
 		   ExecCheckIndexConstraints(writer->target, writer->slot,
-									 writer->estate, &conflict,
-									 &writer->slot->tts_tid, arbiters))
+									 writer->estate, &conflict, &none,
+									 arbiters))
 		inserted = insert_speculatively(store, arbiters);
 	list_free(arbiters);
 	if (inserted)

@@ -80,7 +80,7 @@ typedef enum RowLock
 {
 	ROW_LOCKED,
 	ROW_BUSY,					/* somebody else has it locked */
-	ROW_GONE					/* somebody deleted it */
+	ROW_CHANGED					/* somebody updated or deleted it */
 } RowLock;
 
 /* The table, open for the length of one call */
@@ -100,6 +100,7 @@ extern void StoreOpen(Store *store, LOCKMODE lockmode);
 extern void StoreClose(Store *store);
 extern RecordLife StoreFind(Store *store, const Scope *scope, TimestampTz now,
 							Record *record);
+extern void StoreForget(Store *store);
 extern bool StoreIsCurrent(const Store *store);
 extern void StoreCheckSerializable(Store *store);
 extern RowLock StoreLock(Store *store, bool wait, Record *record);

@@ -68,7 +68,9 @@ SELECT set_eq(
     'SELECT proname::text FROM member_function',
     ARRAY['idempotency_begin', 'idempotency_try_begin', 'idempotency_finish',
           'idempotency_replay', 'idempotency_release',
-          'idempotency_request_hash', 'idempotency_sweep',
+          'idempotency_checkpoint', 'idempotency_run',
+          'idempotency_first_seen', 'idempotency_request_hash',
+          'idempotency_event_key', 'idempotency_sweep',
           'idempotency_in_flight', 'idempotency_tracking'],
     'functions');
 SELECT is((SELECT count(*) FROM member_function),
@@ -76,11 +78,13 @@ SELECT is((SELECT count(*) FROM member_function),
           'no function is overloaded');
 SELECT set_eq(
     'SELECT relname::text, relkind::text, relpersistence::text FROM member_relation',
-    $$VALUES ('idempotency_key', 'r', 'p'), ('idempotency_in_flight', 'v', 'p')$$,
-    'a table and a view');
+    $$VALUES ('idempotency_key', 'r', 'p'), ('idempotency_in_flight', 'v', 'p'),
+             ('idempotency_stalled', 'v', 'p')$$,
+    'a table and two views');
 SELECT set_eq(
     'SELECT typname::text, typtype::text FROM member_type',
-    $$VALUES ('idempotency_state', 'e'), ('idempotency_result', 'c')$$,
+    $$VALUES ('idempotency_state', 'e'), ('idempotency_result', 'c'),
+             ('idempotency_response', 'c')$$,
     'types');
 SELECT is_empty(
     $$SELECT name FROM member
@@ -119,7 +123,8 @@ SELECT results_eq(
              ('lease_expires_at', 'timestamp with time zone', false, NULL),
              ('created_at', 'timestamp with time zone', true, NULL),
              ('finished_at', 'timestamp with time zone', false, NULL),
-             ('expires_at', 'timestamp with time zone', true, NULL)$$,
+             ('expires_at', 'timestamp with time zone', true, NULL),
+             ('ttl', 'interval', false, NULL)$$,
     'columns of idempotency_key');
 SELECT is_empty(
     $$SELECT attname FROM member_column
@@ -185,6 +190,13 @@ SELECT results_eq(
     'columns of idempotency_result');
 SELECT results_eq(
     $$SELECT attname::text COLLATE "default", format_type(atttypid, atttypmod)
+      FROM member_column WHERE relname = 'idempotency_response' ORDER BY attnum$$,
+    $$VALUES ('status_code', 'integer'),
+             ('headers', 'jsonb'),
+             ('response', 'json')$$,
+    'columns of idempotency_response');
+SELECT results_eq(
+    $$SELECT attname::text COLLATE "default", format_type(atttypid, atttypmod)
       FROM member_column WHERE relname = 'idempotency_in_flight' ORDER BY attnum$$,
     $$VALUES ('pid', 'integer'),
              ('tenant', 'text'),
@@ -195,6 +207,18 @@ SELECT results_eq(
              ('started_at', 'timestamp with time zone'),
              ('lease_expires_at', 'timestamp with time zone')$$,
     'columns of idempotency_in_flight');
+SELECT results_eq(
+    $$SELECT attname::text COLLATE "default", format_type(atttypid, atttypmod)
+      FROM member_column WHERE relname = 'idempotency_stalled' ORDER BY attnum$$,
+    $$VALUES ('tenant', 'text'),
+             ('actor', 'text'),
+             ('action', 'text'),
+             ('key', 'text'),
+             ('attempt', 'integer'),
+             ('recovery_point', 'text'),
+             ('started_at', 'timestamp with time zone'),
+             ('lease_expires_at', 'timestamp with time zone')$$,
+    'columns of idempotency_stalled');
 
 --
 -- Functions: arguments with their defaults, result, and what may be done with
@@ -208,28 +232,40 @@ SELECT set_eq(
       FROM member_function$$,
     $$VALUES
       ('idempotency_begin',
-       'tenant text, action text, key text, request jsonb DEFAULT NULL::jsonb, actor text DEFAULT NULL::text, ttl interval DEFAULT NULL::interval, wait interval DEFAULT NULL::interval, request_hash bytea DEFAULT NULL::bytea',
+       'tenant text, action text, key text, request jsonb DEFAULT NULL::jsonb, actor text DEFAULT NULL::text, ttl interval DEFAULT NULL::interval, wait interval DEFAULT NULL::interval, lease interval DEFAULT NULL::interval, request_hash bytea DEFAULT NULL::bytea',
        'idempotency_result', 'f', 'v', false, 'u'),
       ('idempotency_try_begin',
-       'tenant text, action text, key text, request jsonb DEFAULT NULL::jsonb, actor text DEFAULT NULL::text, ttl interval DEFAULT NULL::interval, wait interval DEFAULT NULL::interval, request_hash bytea DEFAULT NULL::bytea',
+       'tenant text, action text, key text, request jsonb DEFAULT NULL::jsonb, actor text DEFAULT NULL::text, ttl interval DEFAULT NULL::interval, wait interval DEFAULT NULL::interval, lease interval DEFAULT NULL::interval, request_hash bytea DEFAULT NULL::bytea',
        'idempotency_result', 'f', 'v', false, 'u'),
       ('idempotency_finish',
-       'tenant text, action text, key text, status_code integer DEFAULT 200, response json DEFAULT NULL::json, headers jsonb DEFAULT NULL::jsonb, actor text DEFAULT NULL::text, body bytea DEFAULT NULL::bytea',
+       'tenant text, action text, key text, status_code integer DEFAULT 200, response json DEFAULT NULL::json, headers jsonb DEFAULT NULL::jsonb, actor text DEFAULT NULL::text, attempt integer DEFAULT NULL::integer, body bytea DEFAULT NULL::bytea',
        'text', 'f', 'v', false, 'u'),
       ('idempotency_replay',
        'tenant text, action text, key text, request jsonb DEFAULT NULL::jsonb, actor text DEFAULT NULL::text, request_hash bytea DEFAULT NULL::bytea',
        'idempotency_result', 'f', 'v', false, 'u'),
       ('idempotency_release',
-       'tenant text, action text, key text, actor text DEFAULT NULL::text',
+       'tenant text, action text, key text, actor text DEFAULT NULL::text, attempt integer DEFAULT NULL::integer',
        'boolean', 'f', 'v', false, 'u'),
+      ('idempotency_checkpoint',
+       'tenant text, action text, key text, attempt integer, recovery_point text, recovery_state jsonb DEFAULT NULL::jsonb, lease interval DEFAULT NULL::interval, actor text DEFAULT NULL::text',
+       'timestamp with time zone', 'f', 'v', false, 'u'),
+      ('idempotency_run',
+       'tenant text, action text, key text, request jsonb, handler regprocedure, actor text DEFAULT NULL::text, ttl interval DEFAULT NULL::interval, wait interval DEFAULT NULL::interval',
+       'idempotency_result', 'f', 'v', false, 'u'),
+      ('idempotency_first_seen',
+       'tenant text, consumer text, message_ids text[], ttl interval DEFAULT NULL::interval',
+       'SETOF text', 'f', 'v', false, 'u'),
       ('idempotency_request_hash',
        'request jsonb',
        'bytea', 'f', 'i', true, 's'),
+      ('idempotency_event_key',
+       'event_type text, aggregate_id text, sequence bigint, namespace uuid DEFAULT ''ce796568-8e76-4f6e-b458-7e151e9ab823''::uuid',
+       'uuid', 'f', 'i', true, 's'),
       ('idempotency_sweep',
        'IN batch_size integer DEFAULT NULL::integer, IN max_duration interval DEFAULT NULL::interval, INOUT swept bigint DEFAULT NULL::bigint',
        'none', 'p', 'v', false, 'u'),
       ('idempotency_in_flight',
-       'OUT pid integer, OUT tenant text, OUT actor text, OUT action text, OUT key text, OUT started_at timestamp with time zone',
+       'OUT pid integer, OUT tenant text, OUT actor text, OUT action text, OUT key text, OUT attempt integer, OUT started_at timestamp with time zone, OUT lease_expires_at timestamp with time zone',
        'SETOF record', 'f', 'v', false, 's'),
       ('idempotency_tracking',
        'OUT capacity integer, OUT used integer, OUT untracked bigint',
@@ -258,9 +294,10 @@ SELECT set_eq(
     $$SELECT object, grantee::regrole::text, privilege_type, is_grantable
       FROM member_right WHERE grantee IS DISTINCT FROM owner AND grantee <> 0$$,
     $$VALUES ('relation idempotency_in_flight', 'pg_monitor', 'SELECT', false),
+             ('relation idempotency_stalled', 'pg_monitor', 'SELECT', false),
              ('function idempotency_in_flight', 'pg_monitor', 'EXECUTE', false),
              ('function idempotency_tracking', 'pg_monitor', 'EXECUTE', false)$$,
-    'pg_monitor sees claims in flight, and nobody else has any right');
+    'pg_monitor sees the views, and nobody else has any right');
 SELECT is(
     (SELECT count(DISTINCT owner) FROM member_right WHERE owner IS NOT NULL), 1::bigint,
     'all belongs to one role');
@@ -269,7 +306,7 @@ SELECT is(
 -- Comments: what is new must have one
 --
 
-SELECT cmp_ok((SELECT count(*) FROM member_column)::int, '>', 30,
+SELECT cmp_ok((SELECT count(*) FROM member_column)::int, '>', 45,
               'there are columns to look at');
 SELECT is_empty(
     $$SELECT name FROM member

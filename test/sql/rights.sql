@@ -35,10 +35,15 @@ SELECT idempotency_try_begin('t', 'a', 'k');
 SELECT idempotency_finish('t', 'a', 'k');
 SELECT idempotency_replay('t', 'a', 'k');
 SELECT idempotency_release('t', 'a', 'k');
+SELECT idempotency_checkpoint('t', 'a', 'k', 1, 'p');
+SELECT idempotency_run('t', 'a', 'k', '{}', 'jsonb_typeof(jsonb)');
+SELECT idempotency_first_seen('t', 'a', '{k}');
 SELECT idempotency_request_hash('{}');
+SELECT idempotency_event_key('a', 'b', 1);
 CALL idempotency_sweep();
 SELECT * FROM idempotency_in_flight;
 SELECT * FROM idempotency_in_flight();
+SELECT * FROM idempotency_stalled;
 SELECT * FROM idempotency_tracking();
 SELECT * FROM idempotency_key;
 RESET ROLE;
@@ -58,6 +63,60 @@ COMMIT;
 SELECT outcome, response FROM idempotency_begin('t', 'a', 'k', '{"a": 1}');
 SELECT outcome, response FROM idempotency_replay('t', 'a', 'k');
 SELECT outcome FROM idempotency_try_begin('t', 'a', 'k', '{"a": 2}');
+-- what was not granted stays closed
+SELECT outcome, attempt FROM idempotency_begin('t', 'a', 'leased', lease => '1 h');
+SELECT idempotency_checkpoint('t', 'a', 'leased', 1, 'p');
+\echo :SQLSTATE
+SELECT idempotency_run('t', 'a', 'k', '{"a": 1}', 'jsonb_typeof(jsonb)');
+\echo :SQLSTATE
+SELECT idempotency_first_seen('t', 'a', '{k}');
+\echo :SQLSTATE
+RESET ROLE;
+GRANT EXECUTE ON FUNCTION idempotency_checkpoint, idempotency_run, idempotency_first_seen TO regress_idempotency_app;
+SET ROLE regress_idempotency_app;
+-- a leased claim, from its begin to its end
+SELECT idempotency_checkpoint('t', 'a', 'leased', 1, 'charged', '{"charge": "ch_1"}', '1 ms') IS NOT NULL AS renewed;
+SELECT pg_sleep(0.01);
+SELECT outcome, attempt, recovery_point, recovery_state FROM idempotency_begin('t', 'a', 'leased', lease => '1 h');
+SELECT outcome FROM idempotency_try_begin('t', 'a', 'leased', lease => '1 h');
+SELECT idempotency_release('t', 'a', 'leased', attempt => 1);
+\echo :SQLSTATE
+SELECT idempotency_release('t', 'a', 'leased', attempt => 2);
+SELECT outcome, attempt, recovery_point FROM idempotency_try_begin('t', 'a', 'leased', lease => '1 h');
+SELECT idempotency_finish('t', 'a', 'leased', 200, '"done"', attempt => 3);
+SELECT idempotency_finish('t', 'a', 'leased', 200, '"done"', attempt => 3);
+SELECT outcome, response FROM idempotency_begin('t', 'a', 'leased', lease => '1 h');
+-- taken over by a transaction claim
+SELECT outcome, attempt FROM idempotency_begin('t', 'a', 'leased2', lease => '1 ms');
+SELECT pg_sleep(0.01);
+BEGIN;
+SELECT outcome, attempt FROM idempotency_begin('t', 'a', 'leased2');
+SELECT idempotency_finish('t', 'a', 'leased2', 402);
+COMMIT;
+-- run, with a handler of its own, and nothing else of the extension
+CREATE FUNCTION pg_temp.handler(request jsonb) RETURNS json LANGUAGE sql AS $$ SELECT to_json(current_user) $$;
+SELECT outcome, response FROM idempotency_run('t', 'a', 'run', '{"a": 1}', 'pg_temp.handler(jsonb)');
+SELECT outcome, response FROM idempotency_run('t', 'a', 'run', '{"a": 1}', 'pg_temp.handler(jsonb)');
+CREATE FUNCTION pg_temp.snoop(request jsonb) RETURNS json LANGUAGE plpgsql AS $$ BEGIN RETURN (SELECT to_json(k) FROM idempotency_key k LIMIT 1); END $$;
+\set SHOW_CONTEXT never
+SELECT outcome, response FROM idempotency_run('t', 'a', 'snoop', '{"a": 1}', 'pg_temp.snoop(jsonb)');
+\echo :SQLSTATE
+\set SHOW_CONTEXT errors
+DROP FUNCTION pg_temp.snoop, pg_temp.handler;
+-- first_seen, also of what is there and of what counts as absent
+SELECT * FROM idempotency_first_seen('t', 'a', '{m1,k,m2,leased,m1}');
+RESET ROLE;
+UPDATE idempotency_key SET expires_at = created_at WHERE key IN ('m1', 'leased');
+SET ROLE regress_idempotency_app;
+SELECT * FROM idempotency_first_seen('t', 'a', '{m1,k,m2,leased,m1}');
+-- an expired record is replaced by a leased claim
+RESET ROLE;
+UPDATE idempotency_key SET expires_at = created_at WHERE key = 'm1';
+SET ROLE regress_idempotency_app;
+SELECT outcome, attempt FROM idempotency_begin('t', 'a', 'm1', lease => '1 h');
+RESET ROLE;
+DELETE FROM idempotency_key WHERE key <> 'k';
+SET ROLE regress_idempotency_app;
 -- the table stays closed, also the keys of it
 SELECT key FROM idempotency_key;
 \echo :SQLSTATE
@@ -73,9 +132,11 @@ CREATE TRIGGER t AFTER INSERT ON idempotency_key EXECUTE FUNCTION suppress_redun
 CREATE INDEX ON idempotency_key (state);
 ALTER TABLE idempotency_key ADD COLUMN x int;
 DROP EXTENSION idempotency;
--- what was not granted stays closed
+-- and so does the rest
 CALL idempotency_sweep();
 SELECT * FROM idempotency_in_flight;
+SELECT * FROM idempotency_stalled;
+SELECT idempotency_event_key('a', 'b', 1);
 RESET ROLE;
 
 -- a role of its own may do the sweeping, also without a right on the table
@@ -127,15 +188,23 @@ RESET ROLE;
 ALTER TABLE idempotency_key DROP CONSTRAINT no_errors;
 
 --
--- A member of pg_monitor sees what is in flight, and not the records
+-- A member of pg_monitor sees what is in flight and what is stalled, and not the
+-- records
 --
 GRANT pg_monitor TO regress_idempotency_monitor;
+SELECT outcome, attempt FROM idempotency_begin('t', 'a', 'leased', lease => '1 h');
+SELECT outcome, attempt FROM idempotency_begin('t', 'a', 'stalled', '{"a": 1}', 'user 1', lease => '1 h');
+SELECT idempotency_checkpoint('t', 'a', 'stalled', 1, 'charged', '{"charge": "ch_1"}', '1 ms', 'user 1') IS NOT NULL AS renewed;
+SELECT pg_sleep(0.01);
 BEGIN;
 SELECT outcome FROM idempotency_begin('t', 'a', 'k5', actor => 'user 1');
 SET LOCAL ROLE regress_idempotency_monitor;
 SELECT pid = pg_backend_pid() AS mine, tenant, actor, action, key, attempt,
-       started_at <= clock_timestamp() AS started, lease_expires_at
-FROM idempotency_in_flight;
+       started_at <= clock_timestamp() AS started, lease_expires_at > clock_timestamp() AS lease
+FROM idempotency_in_flight ORDER BY key;
+SELECT tenant, actor, action, key, attempt, recovery_point,
+       started_at < lease_expires_at AS started, lease_expires_at <= clock_timestamp() AS lease_is_over
+FROM idempotency_stalled;
 SELECT capacity > 0 AS capacity, used > 0 AS used, untracked >= 0 AS untracked
 FROM idempotency_tracking();
 SELECT count(*) FROM idempotency_key;
@@ -143,6 +212,8 @@ ROLLBACK;
 SET ROLE regress_idempotency_monitor;
 SELECT idempotency_begin('t', 'a', 'k');
 SELECT idempotency_replay('t', 'a', 'k');
+SELECT idempotency_checkpoint('t', 'a', 'leased', 1, 'p');
+SELECT idempotency_first_seen('t', 'a', '{k}');
 RESET ROLE;
 
 -- rights that were granted go with the extension, and do not come back with it

@@ -39,6 +39,10 @@ CREATE FUNCTION evil.idempotency_request_hash(jsonb) RETURNS bytea LANGUAGE plpg
 $$ BEGIN RAISE EXCEPTION 'trapped: idempotency_request_hash'; END $$;
 CREATE TYPE evil.idempotency_state AS ENUM ('completed', 'evil');
 CREATE TYPE evil.idempotency_result AS (evil int);
+CREATE TYPE evil.idempotency_response AS (status_code int, headers pg_catalog.jsonb, response json);
+CREATE FUNCTION evil.sha1(bytea) RETURNS bytea LANGUAGE plpgsql AS
+$$ BEGIN RAISE EXCEPTION 'trapped: sha1'; END $$;
+CREATE VIEW evil.idempotency_stalled AS SELECT 'evil' AS key;
 CREATE TABLE evil.idempotency_key (tenant text PRIMARY KEY, evil int);
 CREATE DOMAIN evil.timestamptz AS int;
 CREATE DOMAIN evil.jsonb AS int;
@@ -59,7 +63,11 @@ WHERE pg_describe_object(d.refclassid, d.refobjid, d.refobjsubid) LIKE '%evil%'
   AND pg_describe_object(classid, objid, objsubid) LIKE '%idem.%';
 GRANT EXECUTE ON ALL FUNCTIONS IN SCHEMA idem TO regress_idempotency_app;
 GRANT EXECUTE ON ALL PROCEDURES IN SCHEMA idem TO regress_idempotency_app;
-GRANT SELECT ON idem.idempotency_in_flight TO regress_idempotency_app;
+GRANT SELECT ON idem.idempotency_in_flight, idem.idempotency_stalled TO regress_idempotency_app;
+CREATE FUNCTION idem.handler(pg_catalog.jsonb) RETURNS idem.idempotency_response LANGUAGE sql AS
+$$ SELECT 201, '{"h": "1"}'::pg_catalog.jsonb, '{"y":2}'::json $$;
+CREATE FUNCTION evil.handler(pg_catalog.jsonb) RETURNS evil.idempotency_response LANGUAGE sql AS
+$$ SELECT 201, '{"h": "1"}'::pg_catalog.jsonb, '"evil"'::json $$;
 
 -- and does what it means, for a role without rights
 SET ROLE regress_idempotency_app;
@@ -82,10 +90,36 @@ SELECT outcome FROM idem.idempotency_begin('t', 'a', 'k3');
 SELECT idem.idempotency_release('t', 'a', 'k3');
 COMMIT;
 SELECT pg_catalog.octet_length(idem.idempotency_request_hash('{"z": 1, "a": "b"}'));
+SELECT idem.idempotency_event_key('order.paid', '42', 1);
+-- a leased claim
+SELECT outcome, attempt FROM idem.idempotency_begin('t', 'a', 'k4', '{"a": 1}', lease => '1 h');
+SELECT key, attempt FROM idem.idempotency_in_flight;
+SELECT idem.idempotency_checkpoint('t', 'a', 'k4', 1, 'charged', '{"c": 1}', '1 ms') IS NOT NULL AS renewed;
+SELECT pg_sleep(0.01);
+SELECT key, attempt, recovery_point FROM idem.idempotency_stalled;
+SELECT outcome, attempt, recovery_point, recovery_state FROM idem.idempotency_begin('t', 'a', 'k4', '{"a": 1}', lease => '1 h');
+SELECT idem.idempotency_finish('t', 'a', 'k4', 200, '{"x":1}', attempt => 1);
+\echo :SQLSTATE
+SELECT idem.idempotency_finish('t', 'a', 'k4', 200, '{"x":1}', attempt => 2);
+SELECT idem.idempotency_finish('t', 'a', 'k4', 200, '{"x":1}', attempt => 2);
+SELECT outcome, attempt FROM idem.idempotency_begin('t', 'a', 'k5', lease => '1 h');
+SELECT idem.idempotency_release('t', 'a', 'k5', attempt => 1);
+-- run, with a handler that is meant, and one that is not
+SELECT outcome, status_code, response, headers FROM idem.idempotency_run('t', 'a', 'k6', '{"a": 1}', 'idem.handler(pg_catalog.jsonb)');
+SELECT outcome, status_code, response, headers FROM idem.idempotency_run('t', 'a', 'k6', '{"a": 1}', 'idem.handler(pg_catalog.jsonb)');
+SELECT idem.idempotency_run('t', 'a', 'k7', '{"a": 1}', 'handler(pg_catalog.jsonb)');
+\echo :SQLSTATE
+-- first_seen
+SELECT * FROM idem.idempotency_first_seen('t', 'a', '{m2,k4,m1,k5,m2}');
 CALL idem.idempotency_sweep();
 -- a search_path with nothing in it
 SET search_path = '';
 SELECT outcome, status_code FROM idem.idempotency_begin('t', 'a', 'k', '{"a": [2, "x"], "b": 1.0}', 'user');
+SELECT outcome, attempt FROM idem.idempotency_begin('t', 'a', 'k8', lease => '1 h');
+SELECT idem.idempotency_checkpoint('t', 'a', 'k8', 1, 'charged') IS NOT NULL AS renewed;
+SELECT outcome FROM idem.idempotency_run('t', 'a', 'k9', '{}', 'idem.handler(jsonb)');
+SELECT * FROM idem.idempotency_first_seen('t', 'a', '{m1,m3}');
+SELECT idem.idempotency_event_key('order.paid', '42', 1);
 RESET ROLE;
 RESET search_path;
 
@@ -106,6 +140,7 @@ SELECT key FROM idem.idempotency_key;
 
 \c -
 SET client_min_messages = warning;
+DROP FUNCTION idem.handler;
 DROP EXTENSION idempotency;
 DROP SCHEMA evil CASCADE;
 DROP SCHEMA idem;

@@ -4,7 +4,8 @@
 CREATE EXTENSION idempotency;
 CREATE ROLE regress_idempotency_pinned LOGIN;
 GRANT EXECUTE ON FUNCTION idempotency_begin, idempotency_try_begin, idempotency_finish,
-    idempotency_replay, idempotency_release TO regress_idempotency_pinned;
+    idempotency_replay, idempotency_release, idempotency_checkpoint, idempotency_run,
+    idempotency_first_seen TO regress_idempotency_pinned;
 ALTER ROLE regress_idempotency_pinned SET idempotency.tenant = 'acme';
 
 -- an answer of another tenant, and one of none
@@ -13,7 +14,10 @@ SELECT outcome FROM idempotency_begin('other', 'a', 'k');
 SELECT idempotency_finish('other', 'a', 'k', 200, '"of another tenant"');
 SELECT outcome FROM idempotency_begin(NULL, 'a', 'k');
 SELECT idempotency_finish(NULL, 'a', 'k', 200, '"of no tenant"');
+SELECT outcome FROM idempotency_begin('other', 'a', 'leased', lease => '1 h');
 COMMIT;
+-- a handler that anybody may use
+CREATE FUNCTION echo(request jsonb) RETURNS jsonb LANGUAGE sql AS 'SELECT request';
 
 SELECT current_user AS administrator \gset
 \c - regress_idempotency_pinned
@@ -35,7 +39,25 @@ SELECT idempotency_replay('other', 'a', 'k');
 \echo :SQLSTATE
 SELECT idempotency_release('other', 'a', 'k');
 \echo :SQLSTATE
--- nor the global one, nor one with a name that is nearly the same
+SELECT idempotency_begin('other', 'a', 'k2', lease => '1 h');
+\echo :SQLSTATE
+SELECT idempotency_checkpoint('other', 'a', 'leased', 1, 'p');
+\echo :SQLSTATE
+SELECT idempotency_finish('other', 'a', 'leased', attempt => 1);
+\echo :SQLSTATE
+SELECT idempotency_release('other', 'a', 'leased', attempt => 1);
+\echo :SQLSTATE
+SELECT idempotency_run('other', 'a', 'k', '{}', 'echo(jsonb)');
+\echo :SQLSTATE
+SELECT idempotency_first_seen('other', 'a', '{k}');
+\echo :SQLSTATE
+-- what it reaches is its own
+SELECT outcome, attempt FROM idempotency_begin('acme', 'a', 'leased', lease => '1 h');
+SELECT idempotency_checkpoint('acme', 'a', 'leased', 1, 'p') IS NOT NULL AS renewed;
+SELECT idempotency_finish('acme', 'a', 'leased', attempt => 1);
+SELECT outcome FROM idempotency_run('acme', 'a', 'run', '{}', 'echo(jsonb)');
+SELECT * FROM idempotency_first_seen('acme', 'a', '{k,m1}');
+-- it reaches neither the global tenant nor one with a name that is nearly the same
 SELECT idempotency_begin(NULL, 'a', 'k');
 \echo :SQLSTATE
 SELECT idempotency_begin('', 'a', 'k');
@@ -90,5 +112,9 @@ SELECT idempotency_replay('other', 'a', 'k');
 \echo :SQLSTATE
 RESET idempotency.tenant;
 
+-- nothing of another tenant was changed
+SELECT tenant, key, state, attempt, recovery_point FROM idempotency_key WHERE tenant <> 'acme' ORDER BY tenant, key;
+
+DROP FUNCTION echo;
 DROP EXTENSION idempotency;
 DROP ROLE regress_idempotency_pinned;
