@@ -14,9 +14,13 @@ our @EXPORT = qw(
   error_of
   session
   end_session
+  accidents
   start_after_kill
   wait_for_end_of
+  run_out
+  complaints_of
   $count_userlocks
+  $tracked
 );
 
 # What the tests send and compare is UTF-8, in any locale.
@@ -25,6 +29,9 @@ $ENV{PGCLIENTENCODING} = 'UTF8';
 # How many claims hold their lock, whoever holds it.
 our $count_userlocks =
   "SELECT count(*) FROM pg_locks WHERE locktype = 'userlock'";
+
+# How many claims shared memory knows of
+our $tracked = 'SELECT used FROM idempotency_tracking()';
 
 # A server that is set up but not started.
 #
@@ -104,6 +111,40 @@ sub end_session
 	return;
 }
 
+# What may happen to server processes, or to all of them, by name.  Each gets the
+# pids of those whose end is awaited, and comes back when a client can connect.
+# The server must have restart_after_crash on.
+sub accidents
+{
+	my ($node) = @_;
+
+	return (
+		'backend killed' => sub {
+			my (@pids) = @_;
+			my $log = -s $node->logfile;
+
+			kill 'KILL', $pids[0];
+			$node->wait_for_log(qr/all server processes terminated/, $log);
+			$node->poll_query_until('postgres', 'SELECT true');
+		},
+		'backend terminated' => sub {
+			foreach my $pid (@_)
+			{
+				$node->safe_psql('postgres',
+					"SELECT pg_terminate_backend($pid)");
+				wait_for_end_of($node, $pid);
+			}
+		},
+		'server stopped at once' => sub {
+			$node->stop('immediate');
+			$node->start;
+		},
+		'postmaster killed' => sub {
+			$node->kill9;
+			start_after_kill($node);
+		});
+}
+
 # Start a server whose postmaster was killed.  Its children end by themselves,
 # and until the last of them has, the data directory is still in use.
 sub start_after_kill
@@ -127,6 +168,32 @@ sub wait_for_end_of
 	$node->poll_query_until('postgres',
 		"SELECT count(*) = 0 FROM pg_stat_activity WHERE pid = $pid")
 	  or die "process $pid does not end";
+	return;
+}
+
+# What is in the log of a server and should not be.  Who terminates a process may
+# find that it has just ended by itself.  Tests of what waits in one order only
+# want no deadlock either.
+sub complaints_of
+{
+	my ($node, %options) = @_;
+	my $complaint = qr/PANIC|TRAP|terminated by signal|WARNING/;
+
+	$complaint = qr/$complaint|deadlock detected/ if $options{deadlocks};
+	return join("\n",
+		grep { /$complaint/ }
+		grep { !/WARNING:  PID \d+ is not a PostgreSQL (backend|server) process/ }
+		  split(/\n/, slurp_file($node->logfile)));
+}
+
+# Make the lease of a key run out now, as only an administrator can.
+sub run_out
+{
+	my ($node, $key) = @_;
+
+	$node->safe_psql('postgres',
+		'UPDATE idempotency_key SET lease_expires_at = clock_timestamp()'
+		  . " WHERE key = '$key' AND state = 'pending'");
 	return;
 }
 

@@ -18,31 +18,7 @@ my $node = new_server('main', conf => 'restart_after_crash = on');
 $node->start;
 create_shop($node);
 
-# What may happen to a server process, or to all of them.  Each gets the pid of
-# the process that holds the claim, and comes back when a client can connect.
-my %accident = (
-	'backend killed' => sub {
-		my ($pid) = @_;
-		my $log = -s $node->logfile;
-
-		kill 'KILL', $pid;
-		$node->wait_for_log(qr/all server processes terminated/, $log);
-		$node->poll_query_until('postgres', 'SELECT true');
-	},
-	'backend terminated' => sub {
-		my ($pid) = @_;
-
-		$node->safe_psql('postgres', "SELECT pg_terminate_backend($pid)");
-		wait_for_end_of($node, $pid);
-	},
-	'server stopped at once' => sub {
-		$node->stop('immediate');
-		$node->start;
-	},
-	'postmaster killed' => sub {
-		$node->kill9;
-		start_after_kill($node);
-	});
+my %accident = accidents($node);
 
 my $begin = "SELECT outcome FROM idempotency_try_begin("
   . "'shop', 'pay', '%1\$s', '{\"key\": \"%1\$s\"}')";
@@ -78,10 +54,8 @@ foreach my $name (sort keys %accident)
 
 			is($node->safe_psql('postgres', $count_userlocks),
 				'0', 'no lock is left');
-			is( $node->safe_psql(
-					'postgres', 'SELECT used FROM idempotency_tracking()'),
-				'0',
-				'no entry in shared memory is left');
+			is($node->safe_psql('postgres', $tracked),
+				'0', 'no entry in shared memory is left');
 			is( $node->safe_psql('postgres',
 					"SELECT count(*) FROM idempotency_key WHERE key = '$key'"
 				),

@@ -1,6 +1,7 @@
 # Behind a pooler that hands a server connection to another client after each
-# transaction, a claim never outlives its transaction, and an answer is found
-# whatever the connection.
+# transaction, a transaction claim never outlives its transaction, a leased claim
+# belongs to whoever knows its attempt, and an answer is found whatever the
+# connection.
 
 use strict;
 use warnings;
@@ -91,6 +92,78 @@ is($second->query_safe("SELECT pay('a')"),
 $second->query_safe('COMMIT');
 $_->quit foreach $first, $second;
 
+# A leased claim is begun, saved, finished and asked for on different connections
+sub on_each_connection
+{
+	my (@statements) = @_;
+	my @clients = map { pooled_session('pooled') } 1 .. 3;
+	my (@answers, %pids);
+
+	$_->query_safe('BEGIN') foreach @clients;
+	foreach my $client (@clients)
+	{
+		$pids{ $client->query_safe('SELECT pg_backend_pid()') } = 1;
+		push @answers, $client->query_safe(shift @statements);
+		$client->query_safe('COMMIT');
+	}
+	$_->quit foreach @clients;
+	is(scalar(keys %pids), 3, 'lease: three server connections are used');
+	return join(', ', @answers);
+}
+
+my $lease = "SELECT outcome, attempt, recovery_point, response"
+  . " FROM idempotency_try_begin('shop', 'charge', '%s', lease => '1 hour')";
+my $save = "SELECT idempotency_checkpoint('shop', 'charge', '%s', %d, 'charged') > now()";
+my $answer = "SELECT idempotency_finish('shop', 'charge', '%s', 201, '{\"by\" :  %d}', attempt => %2\$d)";
+my $release = "SELECT idempotency_release('shop', 'charge', '%s', attempt => %d)";
+is( on_each_connection(
+		sprintf($lease, 'l1'),
+		sprintf($save, 'l1', 1),
+		sprintf($answer, 'l1', 1)),
+	'started|1||, t, completed',
+	'lease: begun, saved and finished on a connection each');
+is( on_each_connection(
+		sprintf($lease, 'l1'), sprintf($answer, 'l1', 1), sprintf($lease, 'l1')),
+	'replayed|1||{"by" :  1}, completed, replayed|1||{"by" :  1}',
+	'lease: replayed, finished again and replayed');
+is( on_each_connection(
+		sprintf($lease, 'l2'),
+		sprintf($lease, 'l2'),
+		sprintf($release, 'l2', 1)),
+	'started|1||, in_flight|||, t',
+	'lease: in flight for the next one, and released by another');
+is( on_each_connection(
+		sprintf($lease, 'l2'), sprintf($save, 'l2', 2), sprintf($lease, 'l2')),
+	'started|2||, t, in_flight|||',
+	'lease: the next attempt, and in flight');
+run_out($node, 'l2');
+is( on_each_connection(
+		sprintf($lease, 'l2'), sprintf($save, 'l2', 3), sprintf($answer, 'l2', 3)),
+	'started|3|charged|, t, completed',
+	'lease: taken over with the recovery point, saved and finished');
+my $zombie = pooled_session('single');
+$zombie->query(sprintf($answer, 'l2', 2));
+like($zombie->{stderr}, qr/ERROR:  ID005: /, 'lease: the old attempt is refused');
+$zombie->{stderr} = '';
+$zombie->quit;
+
+# A client that vanishes leaves its lease to whoever knows its attempt
+my $gone = pooled_session('pooled');
+is($gone->query_safe(sprintf($lease, 'l3')), 'started|1||', 'lease: a client begins');
+$gone->query_safe('BEGIN');
+$gone->query_safe(sprintf($answer, 'l3', 1));
+$gone->{run}->kill_kill;
+ok( $node->poll_query_until(
+		'postgres',
+		"SELECT count(*) = 0 FROM pg_stat_activity WHERE state LIKE 'idle in%'"),
+	'lease: its transaction ends when it is killed');
+is($node->safe_psql('postgres', sprintf($lease, 'l3')),
+	'in_flight|||', 'lease: and its claim is in flight still');
+is($node->safe_psql('postgres', sprintf($answer, 'l3', 1)),
+	'completed', 'lease: another client finishes it');
+is($node->safe_psql('postgres', $count_userlocks),
+	'0', 'lease: no lock is left');
+
 # What a client leaves behind on a connection does not meet the next client
 my %leave = (
 	'rolled back' => [ 'ROLLBACK', qr/^$/ ],
@@ -157,7 +230,7 @@ command_ok(
 	'16 clients share three connections');
 is($node->safe_psql('postgres', $count_userlocks),
 	'0', 'no lock is left after them');
-is($node->safe_psql('postgres', 'SELECT used FROM idempotency_tracking()'),
+is($node->safe_psql('postgres', $tracked),
 	'0', 'no entry in shared memory is left after them');
 is( $node->safe_psql(
 		'postgres', q{
@@ -168,8 +241,9 @@ is( $node->safe_psql(
 is( $node->safe_psql(
 		'postgres', q{
 		SELECT count(*)
-		FROM idempotency_key FULL JOIN payment USING (key)
-		WHERE payment IS NULL OR idempotency_key IS NULL}),
+		FROM (SELECT key FROM idempotency_key WHERE action = 'pay') AS record
+			 FULL JOIN payment USING (key)
+		WHERE payment IS NULL OR record IS NULL}),
 	'0',
 	'payments and records belong together');
 

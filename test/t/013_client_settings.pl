@@ -30,13 +30,16 @@ $node->safe_psql(
 	COMMIT});
 
 # What a role is told that calls replay for a tenant; options go with the
-# connection
+# connection.  A session that is turned away is gone before it could read a
+# statement, so this one is an argument.
 sub replay_as
 {
 	my ($role, $tenant, $options) = @_;
 	my ($rc, $stdout, $stderr) = $node->psql(
-		'postgres',
-		"SELECT response FROM idempotency_replay('$tenant', 'a', 'k')",
+		'postgres', '',
+		extra_params => [
+			'-c', "SELECT response FROM idempotency_replay('$tenant', 'a', 'k')"
+		],
 		connstr => $node->connstr('postgres')
 		  . " user=$role options='$options'");
 
