@@ -281,8 +281,7 @@ decide_now(Request *request)
 	{
 		CHECK_FOR_INTERRUPTS();
 
-		if (look_up(request) &&
-			!LeaseIsOver(&request->record, GetCurrentTimestamp()))
+		if (look_up(request) && !LeaseIsOver(&request->record))
 			return decide_by_record(request);
 
 		if (!tried)

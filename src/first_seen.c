@@ -245,10 +245,9 @@ record_id(Store *store, Record *record)
 static bool
 is_over(const Record *record)
 {
-	TimestampTz now = GetCurrentTimestamp();
-
-	return DatumGetTimestampTz(RecordValue(record, expires_at)) <= now ||
-		LeaseIsOver(record, now);
+	return LeaseIsOver(record) ||
+		DatumGetTimestampTz(RecordValue(record, expires_at)) <=
+		GetCurrentTimestamp();
 }
 
 /*

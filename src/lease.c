@@ -209,11 +209,12 @@ LeaseGetAnswerExpiry(const Record *record, TimestampTz now)
  * Whether a record is that of a leased claim that nobody holds any more.
  */
 bool
-LeaseIsOver(const Record *record, TimestampTz now)
+LeaseIsOver(const Record *record)
 {
 	return RecordGetState(record) == RECORD_PENDING &&
 		(RecordIsNull(record, lease_expires_at) ||
-		 DatumGetTimestampTz(RecordValue(record, lease_expires_at)) <= now);
+		 DatumGetTimestampTz(RecordValue(record, lease_expires_at)) <=
+		 GetCurrentTimestamp());
 }
 
 /*

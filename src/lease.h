@@ -23,7 +23,7 @@ extern void LeaseFind(Store *store, Scope *scope, int attempt,
 extern void LeaseRenew(Record *record, TimestampTz lease_expires_at);
 extern void LeaseRelease(Store *store, Record *record);
 extern TimestampTz LeaseGetAnswerExpiry(const Record *record, TimestampTz now);
-extern bool LeaseIsOver(const Record *record, TimestampTz now);
+extern bool LeaseIsOver(const Record *record);
 extern bool LeaseIsReleased(const Record *record);
 
 #endif							/* IDEMPOTENCY_LEASE_H */

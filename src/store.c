@@ -43,6 +43,7 @@
  */
 #include "idempotency.h"
 
+#include "access/htup_details.h"
 #include "access/relscan.h"
 #include "access/skey.h"
 #include "access/tableam.h"
@@ -669,6 +670,10 @@ check_primary_key(Relation rel)
 
 /*
  * The index that has records in the order of their expiry.
+ *
+ * What the predicate of a partial index says does not matter.  To ask the
+ * relation cache for it would evaluate its constant parts, which are functions
+ * of the table's owner, with the rights of whoever sweeps.
  */
 static Oid
 find_expiry_index(Relation rel)
@@ -684,7 +689,7 @@ find_expiry_index(Relation rel)
 			form->indisvalid &&
 			form->indkey.values[0] == Anum_idempotency_key_expires_at &&
 			index->rd_indoption[0] == 0 &&
-			RelationGetIndexPredicate(index) == NIL;
+			heap_attisnull(index->rd_indextuple, Anum_pg_index_indpred, NULL);
 
 		index_close(index, AccessShareLock);
 		if (matches)
