@@ -18,6 +18,7 @@ OBJS = \
 	src/first_seen.o \
 	src/idempotency.o \
 	src/in_flight.o \
+	src/launcher.o \
 	src/lease.o \
 	src/result.o \
 	src/run.o \
@@ -25,7 +26,8 @@ OBJS = \
 	src/status.o \
 	src/store.o \
 	src/sweep.o \
-	src/wake.o
+	src/wake.o \
+	src/worker.o
 
 PG_CFLAGS = -Wall -Wextra -Wno-unused-parameter
 

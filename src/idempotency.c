@@ -24,6 +24,7 @@
 #include "store.h"
 #include "utils/guc.h"
 #include "wake.h"
+#include "worker.h"
 
 PG_MODULE_MAGIC;
 
@@ -54,6 +55,8 @@ char	   *idempotency_retryable_status;
 bool		idempotency_commit_guard;
 char	   *idempotency_tenant;
 int			idempotency_sweep_batch_size;
+bool		idempotency_worker;
+int			idempotency_sweep_interval;
 int			idempotency_max_tracked_claims;
 
 static const struct config_enum_entry key_formats[] = {
@@ -81,6 +84,7 @@ _PG_init(void)
 	StoreInit();
 	ClaimInit();
 	WakeInit();
+	LauncherInit();
 	InFlightInit();
 }
 
@@ -300,9 +304,9 @@ define_administrator_settings(void)
 }
 
 /*
- * What sizes shared memory has an effect only when the library is preloaded.
- * Otherwise it is accepted all the same, so that a configuration file that
- * has it is no reason to warn each client.
+ * These have an effect only when the library is preloaded.  Otherwise they are
+ * accepted all the same, so that a configuration file that has them is no
+ * reason to warn each client.
  *
  * A partitioned hash table has 32 free lists with an entry each at least, so
  * that less than that could not be kept to.
@@ -310,6 +314,20 @@ define_administrator_settings(void)
 static void
 define_server_settings(void)
 {
+	DefineCustomBoolVariable("idempotency.worker",
+							 "Sweeps all databases in the background.",
+							 "Needs the library to be preloaded.",
+							 &idempotency_worker,
+							 true,
+							 PGC_SIGHUP, 0,
+							 NULL, NULL, NULL);
+	DefineCustomIntVariable("idempotency.sweep_interval",
+							"Sets the time from one sweep of a database in the background to the next.",
+							NULL,
+							&idempotency_sweep_interval,
+							60 * 1000, 100, 24 * 60 * 60 * 1000,
+							PGC_SIGHUP, GUC_UNIT_MS,
+							NULL, NULL, NULL);
 	DefineCustomIntVariable("idempotency.max_tracked_claims",
 							"Sets how many claims in flight can be described in shared memory.",
 							"Claims beyond it are as safe, but repeats learn less about them.",

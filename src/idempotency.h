@@ -52,6 +52,8 @@ extern char *idempotency_retryable_status;
 extern bool idempotency_commit_guard;
 extern char *idempotency_tenant;
 extern int	idempotency_sweep_batch_size;	/* rows */
+extern bool idempotency_worker;
+extern int	idempotency_sweep_interval; /* milliseconds */
 extern int	idempotency_max_tracked_claims; /* entries in shared memory */
 
 /* idempotency.c */

@@ -33,6 +33,7 @@
 #include "nodes/parsenodes.h"
 #include "scope.h"
 #include "store.h"
+#include "sweep.h"
 #include "utils/guc.h"
 #include "utils/memutils.h"
 #include "utils/timestamp.h"
@@ -47,18 +48,7 @@ enum
 	SWEEP_SWEPT
 };
 
-/* A sweep under way */
-typedef struct Sweep
-{
-	int			batch_size;		/* rows to delete in one transaction */
-	TimestampTz from;			/* where the next batch starts */
-	TimestampTz until;			/* records that expire later are left alone */
-	TimestampTz deadline;		/* no batch starts after this */
-	int64		swept;			/* rows deleted so far */
-} Sweep;
-
 static void read_arguments(Sweep *sweep, FunctionCallInfo fcinfo);
-static bool sweep_batch(Sweep *sweep);
 static bool is_claimed(const Record *record);
 static Datum make_swept(FunctionCallInfo fcinfo, int64 swept);
 
@@ -96,7 +86,7 @@ idempotency_sweep(PG_FUNCTION_ARGS)
 		(void) set_config_option("synchronous_commit", "off",
 								 PGC_USERSET, PGC_S_SESSION,
 								 GUC_ACTION_LOCAL, true, 0, false);
-		more = sweep_batch(&sweep);
+		more = SweepBatch(&sweep);
 		SPI_commit();
 	}
 	SPI_finish();
@@ -107,12 +97,12 @@ idempotency_sweep(PG_FUNCTION_ARGS)
 static void
 read_arguments(Sweep *sweep, FunctionCallInfo fcinfo)
 {
+	int			batch_size = idempotency_sweep_batch_size;
 	int64		duration = PG_INT64_MAX;
 
-	sweep->batch_size = idempotency_sweep_batch_size;
 	if (!PG_ARGISNULL(SWEEP_BATCH_SIZE))
-		sweep->batch_size = PG_GETARG_INT32(SWEEP_BATCH_SIZE);
-	if (sweep->batch_size < 1 || sweep->batch_size > MAX_BATCH_SIZE)
+		batch_size = PG_GETARG_INT32(SWEEP_BATCH_SIZE);
+	if (batch_size < 1 || batch_size > MAX_BATCH_SIZE)
 		ereport(ERROR,
 				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
 				 errmsg("batch_size is out of range"),
@@ -126,6 +116,16 @@ read_arguments(Sweep *sweep, FunctionCallInfo fcinfo)
 				 errmsg("max_duration is out of range"),
 				 errdetail("It must be greater than zero.")));
 
+	SweepStart(sweep, batch_size, duration);
+}
+
+/*
+ * Get ready to sweep what expires until now, for duration microseconds.
+ */
+void
+SweepStart(Sweep *sweep, int batch_size, int64 duration)
+{
+	sweep->batch_size = batch_size;
 	sweep->from = DT_NOBEGIN;
 	sweep->until = GetCurrentTimestamp();
 	sweep->deadline = duration < DT_NOEND - sweep->until ?
@@ -137,8 +137,8 @@ read_arguments(Sweep *sweep, FunctionCallInfo fcinfo)
  * Sweep one batch in the current transaction.  Returns whether there may be
  * more to sweep.
  */
-static bool
-sweep_batch(Sweep *sweep)
+bool
+SweepBatch(Sweep *sweep)
 {
 	MemoryContext row_context = AllocSetContextCreate(CurrentMemoryContext,
 													  "idempotency sweep",

@@ -35,8 +35,9 @@ our $tracked = 'SELECT used FROM idempotency_tracking()';
 
 # A server that is set up but not started.
 #
-# preload => 0 leaves the library out of shared_preload_libraries; conf is
-# added to the configuration, and init goes to the init of the node.
+# preload => 0 leaves the library out of shared_preload_libraries; worker => 1
+# has databases swept in the background, which most tests do not expect; conf
+# is added to the configuration, and init goes to the init of the node.
 sub new_server
 {
 	my ($name, %options) = @_;
@@ -48,6 +49,8 @@ sub new_server
 	$node->append_conf('postgresql.conf',
 		"shared_preload_libraries = 'idempotency'")
 	  if $options{preload} // 1;
+	$node->append_conf('postgresql.conf', 'idempotency.worker = off')
+	  unless $options{worker};
 	$node->append_conf('postgresql.conf', 'max_prepared_transactions = 10');
 	$node->append_conf('postgresql.conf', $options{conf})
 	  if defined $options{conf};

@@ -1,0 +1,527 @@
+/*-------------------------------------------------------------------------
+ *
+ * launcher.c
+ *	  The background worker that sees to it that every database is swept.
+ *
+ * The launcher is connected to no database, only to the shared catalogs, so
+ * that it is in nobody's way.  It starts a short-lived worker (worker.c) for
+ * one database after the other, and waits for it.
+ *
+ * Whether a database has the extension can only be seen from within.  So each
+ * new one gets a worker, and where that finds none, the next one comes after
+ * NO_EXTENSION_MS; or at once when somebody creates an extension anywhere,
+ * which a hook tells us (that most of these are other extensions does not
+ * matter: it costs a look).
+ *
+ * A worker that fails has said why in the log.  The next one for that database
+ * comes later and later, and meanwhile the others have their turns.
+ *
+ * The postmaster starts the launcher when recovery is over, so that a standby
+ * has none before it is promoted, and again after a crash.
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "idempotency.h"
+
+#include "access/heapam.h"
+#include "access/htup_details.h"
+#include "access/tableam.h"
+#include "access/xact.h"
+#include "catalog/objectaccess.h"
+#include "catalog/pg_database.h"
+#include "miscadmin.h"
+#include "nodes/pg_list.h"
+#include "pgstat.h"
+#include "postmaster/bgworker.h"
+#include "postmaster/interrupt.h"
+#include "storage/ipc.h"
+#include "storage/lwlock.h"
+#include "storage/shmem.h"
+#include "tcop/tcopprot.h"
+#include "utils/guc.h"
+#include "utils/memutils.h"
+#include "utils/snapmgr.h"
+#include "utils/timestamp.h"
+#include "utils/wait_event.h"
+#include "worker.h"
+
+#define LIBRARY_NAME		"idempotency"
+#define RESTART_SECS		5
+#define NO_EXTENSION_MS		(60 * 60 * 1000)
+#define MAX_BACKOFF_MS		(60 * 60 * 1000)
+#define MAX_SLEEP_MS		(60 * 60 * 1000)
+#define NO_SLOT_RETRY_MS	(10 * 1000)
+#define SOON_MS				1000
+
+/* What the launcher remembers of a database */
+typedef struct Database
+{
+	Oid			oid;
+	bool		exists;			/* still in pg_database */
+	bool		busy;			/* somebody had it locked when its time came */
+	WorkerResult result;		/* of the last worker */
+	int			failures;		/* of workers, since one succeeded */
+	TimestampTz last;			/* when we were through with it, 0 for never */
+} Database;
+
+static void request_shmem(void);
+static void startup_shmem(void);
+static void register_launcher(void);
+static void note_object(ObjectAccessType access, Oid classId, Oid objectId,
+						int subId, void *arg);
+static void at_end_of_xact(XactEvent event, void *arg);
+static void leave(int code, Datum arg);
+static void read_databases(void);
+static void note_database(Oid oid);
+static void forget_dropped(void);
+static void look_again(void);
+static long sweep_due(void);
+static bool start_worker(Oid database, BackgroundWorkerHandle **handle);
+static Database *find_due(long *rest);
+static bool sweep_database(Database *database);
+static bool has_news(void);
+static long get_rest(const Database *database);
+static int64 get_delay(const Database *database);
+
+static shmem_request_hook_type prev_shmem_request_hook = NULL;
+static shmem_startup_hook_type prev_shmem_startup_hook = NULL;
+static object_access_hook_type prev_object_access_hook = NULL;
+
+/* in shared memory, null unless the library is preloaded */
+WorkerState *worker_shared = NULL;
+
+/* in the launcher: how many extensions it knows to have been created */
+static uint32 known_created = 0;
+
+/* whether this transaction creates an extension */
+static bool creates_extension = false;
+
+/* in the launcher: all databases, in TopMemoryContext */
+static List *databases = NIL;
+
+/* in the launcher: whether the last worker could not be started */
+static bool out_of_slots = false;
+
+/*
+ * Register the launcher, and what it needs, while the server starts.
+ */
+void
+LauncherInit(void)
+{
+	/* a server that is being upgraded must be left alone */
+	if (!process_shared_preload_libraries_in_progress || IsBinaryUpgrade)
+		return;
+
+	prev_shmem_request_hook = shmem_request_hook;
+	shmem_request_hook = request_shmem;
+	prev_shmem_startup_hook = shmem_startup_hook;
+	shmem_startup_hook = startup_shmem;
+	prev_object_access_hook = object_access_hook;
+	object_access_hook = note_object;
+	RegisterXactCallback(at_end_of_xact, NULL);
+
+	register_launcher();
+}
+
+/*
+ * Entry point of the launcher.
+ */
+void
+idempotency_launcher_main(Datum arg)
+{
+	pqsignal(SIGTERM, die);
+	pqsignal(SIGHUP, SignalHandlerForConfigReload);
+	BackgroundWorkerUnblockSignals();
+	BackgroundWorkerInitializeConnection(NULL, NULL, 0);
+
+	worker_shared->launcher = MyLatch;
+	before_shmem_exit(leave, (Datum) 0);
+
+	for (;;)
+	{
+		long		sleep_ms = MAX_SLEEP_MS;
+
+		CHECK_FOR_INTERRUPTS();
+		if (ConfigReloadPending)
+		{
+			ConfigReloadPending = false;
+			ProcessConfigFile(PGC_SIGHUP);
+		}
+
+		if (idempotency_worker)
+		{
+			look_again();
+			read_databases();
+			sleep_ms = sweep_due();
+		}
+
+		(void) WaitLatch(MyLatch, WL_LATCH_SET | WL_TIMEOUT | WL_EXIT_ON_PM_DEATH,
+						 sleep_ms, PG_WAIT_EXTENSION);
+		ResetLatch(MyLatch);
+	}
+}
+
+/*
+ * shmem_request hook
+ */
+static void
+request_shmem(void)
+{
+	if (prev_shmem_request_hook)
+		prev_shmem_request_hook();
+
+	RequestAddinShmemSpace(MAXALIGN(sizeof(WorkerState)));
+}
+
+/*
+ * shmem_startup hook
+ */
+static void
+startup_shmem(void)
+{
+	bool		found;
+
+	if (prev_shmem_startup_hook)
+		prev_shmem_startup_hook();
+
+	LWLockAcquire(AddinShmemInitLock, LW_EXCLUSIVE);
+	worker_shared = ShmemInitStruct("idempotency worker", sizeof(WorkerState),
+									&found);
+	if (!found)
+	{
+		worker_shared->launcher = NULL;
+		pg_atomic_init_u32(&worker_shared->created, 0);
+		pg_atomic_init_u32(&worker_shared->result, WORKER_FAILED);
+	}
+	LWLockRelease(AddinShmemInitLock);
+}
+
+static void
+register_launcher(void)
+{
+	BackgroundWorker worker = {
+		.bgw_name = "idempotency launcher",
+		.bgw_type = "idempotency launcher",
+		.bgw_flags = BGWORKER_SHMEM_ACCESS | BGWORKER_BACKEND_DATABASE_CONNECTION,
+		.bgw_start_time = BgWorkerStart_RecoveryFinished,
+		.bgw_restart_time = RESTART_SECS,
+		.bgw_library_name = LIBRARY_NAME,
+		.bgw_function_name = "idempotency_launcher_main",
+	};
+
+	RegisterBackgroundWorker(&worker);
+}
+
+/*
+ * object_access hook: note that an extension is being created.
+ */
+static void
+note_object(ObjectAccessType access, Oid classId, Oid objectId, int subId,
+			void *arg)
+{
+	if (prev_object_access_hook)
+		prev_object_access_hook(access, classId, objectId, subId, arg);
+
+	if (access == OAT_POST_CREATE && classId == ExtensionRelationId)
+		creates_extension = true;
+}
+
+/*
+ * Transaction callback: tell the launcher of an extension that is there now.
+ */
+static void
+at_end_of_xact(XactEvent event, void *arg)
+{
+	if (!creates_extension)
+		return;
+
+	if (event == XACT_EVENT_COMMIT)
+	{
+		Latch	   *launcher = worker_shared->launcher;
+
+		pg_atomic_fetch_add_u32(&worker_shared->created, 1);
+
+		/* should it be another process's by now, that will not mind */
+		if (launcher != NULL)
+			SetLatch(launcher);
+	}
+	if (event == XACT_EVENT_COMMIT || event == XACT_EVENT_ABORT ||
+		event == XACT_EVENT_PREPARE)
+		creates_extension = false;
+}
+
+/*
+ * Exit callback of the launcher.
+ */
+static void
+leave(int code, Datum arg)
+{
+	worker_shared->launcher = NULL;
+}
+
+/*
+ * Bring what we remember up to date with pg_database.
+ *
+ * Databases that nobody can connect to, and templates, are left alone.
+ */
+static void
+read_databases(void)
+{
+	ListCell   *lc;
+	Relation	rel;
+	TableScanDesc scan;
+	HeapTuple	tuple;
+
+	foreach(lc, databases)
+		((Database *) lfirst(lc))->exists = false;
+
+	StartTransactionCommand();
+	(void) GetTransactionSnapshot();
+	rel = table_open(DatabaseRelationId, AccessShareLock);
+	scan = table_beginscan_catalog(rel, 0, NULL);
+	while ((tuple = heap_getnext(scan, ForwardScanDirection)) != NULL)
+	{
+		Form_pg_database form = (Form_pg_database) GETSTRUCT(tuple);
+
+		if (form->datallowconn && !form->datistemplate &&
+			form->datconnlimit != DATCONNLIMIT_INVALID_DB)
+			note_database(form->oid);
+	}
+	table_endscan(scan);
+	table_close(rel, AccessShareLock);
+	CommitTransactionCommand();
+
+	forget_dropped();
+}
+
+/*
+ * Note that a database exists.
+ */
+static void
+note_database(Oid oid)
+{
+	MemoryContext oldcontext;
+	Database   *database;
+	ListCell   *lc;
+
+	foreach(lc, databases)
+	{
+		database = lfirst(lc);
+		if (database->oid == oid)
+		{
+			database->exists = true;
+			return;
+		}
+	}
+
+	oldcontext = MemoryContextSwitchTo(TopMemoryContext);
+	database = palloc0_object(Database);
+	database->oid = oid;
+	database->exists = true;
+	databases = lappend(databases, database);
+	MemoryContextSwitchTo(oldcontext);
+}
+
+/*
+ * Forget the databases that were not noted.
+ */
+static void
+forget_dropped(void)
+{
+	ListCell   *lc;
+
+	foreach(lc, databases)
+	{
+		Database   *database = lfirst(lc);
+
+		if (!database->exists)
+		{
+			databases = foreach_delete_current(databases, lc);
+			pfree(database);
+		}
+	}
+}
+
+/*
+ * If extensions were created, look again where there was none of ours.
+ */
+static void
+look_again(void)
+{
+	uint32		created = pg_atomic_read_u32(&worker_shared->created);
+	ListCell   *lc;
+
+	if (created == known_created)
+		return;
+	known_created = created;
+
+	foreach(lc, databases)
+	{
+		Database   *database = lfirst(lc);
+
+		if (database->result == WORKER_NO_EXTENSION)
+			database->last = 0;
+	}
+}
+
+/*
+ * Have all databases swept whose time has come, the one that has waited longest
+ * first.  Returns after how many milliseconds there may be more to do.
+ *
+ * Waiting for a worker swallows what else would wake us, so news are looked
+ * for after each.
+ */
+static long
+sweep_due(void)
+{
+	long		rest = idempotency_sweep_interval;
+	Database   *database;
+
+	while (!has_news() && (database = find_due(&rest)) != NULL)
+	{
+		if (!sweep_database(database))
+			return Min(rest, NO_SLOT_RETRY_MS);
+	}
+
+	return has_news() ? 0 : rest;
+}
+
+/*
+ * The database that is due and has waited longest, or null; *rest is set to
+ * the time until one will be, if that is sooner.
+ */
+static Database *
+find_due(long *rest)
+{
+	Database   *result = NULL;
+	ListCell   *lc;
+
+	foreach(lc, databases)
+	{
+		Database   *database = lfirst(lc);
+		long		own_rest = get_rest(database);
+
+		if (own_rest > 0)
+			*rest = Min(*rest, own_rest);
+		else if (result == NULL || database->last < result->last)
+			result = database;
+	}
+
+	return result;
+}
+
+/*
+ * Whether the main loop has something else to do first.
+ */
+static bool
+has_news(void)
+{
+	return ConfigReloadPending ||
+		pg_atomic_read_u32(&worker_shared->created) != known_created;
+}
+
+/*
+ * Have a database swept, unless somebody has it locked.  Returns false when
+ * there is no slot for a worker.
+ */
+static bool
+sweep_database(Database *database)
+{
+	BackgroundWorkerHandle *handle;
+
+	database->busy = !WorkerMayUse(database->oid);
+	if (!database->busy)
+	{
+		if (!start_worker(database->oid, &handle))
+			return false;
+		(void) WaitForBackgroundWorkerShutdown(handle);
+		pfree(handle);
+
+		database->result = pg_atomic_read_u32(&worker_shared->result);
+		database->failures = (database->result == WORKER_FAILED) ?
+			database->failures + 1 : 0;
+	}
+	database->last = GetCurrentTimestamp();
+
+	return true;
+}
+
+/*
+ * Start a worker, if there is a slot for one.
+ */
+static bool
+start_worker(Oid database, BackgroundWorkerHandle **handle)
+{
+	BackgroundWorker worker = {
+		.bgw_name = "idempotency worker",
+		.bgw_type = "idempotency worker",
+		.bgw_flags = BGWORKER_SHMEM_ACCESS | BGWORKER_BACKEND_DATABASE_CONNECTION,
+		.bgw_start_time = BgWorkerStart_RecoveryFinished,
+		.bgw_restart_time = BGW_NEVER_RESTART,
+		.bgw_library_name = LIBRARY_NAME,
+		.bgw_function_name = "idempotency_worker_main",
+		.bgw_main_arg = ObjectIdGetDatum(database),
+		.bgw_notify_pid = MyProcPid,
+	};
+
+	/* unless the worker says otherwise */
+	pg_atomic_write_u32(&worker_shared->result, WORKER_FAILED);
+
+	if (RegisterDynamicBackgroundWorker(&worker, handle))
+	{
+		out_of_slots = false;
+		return true;
+	}
+
+	if (!out_of_slots)
+		ereport(WARNING,
+				(errcode(ERRCODE_CONFIGURATION_LIMIT_EXCEEDED),
+				 errmsg("out of background worker slots"),
+				 errdetail("Expired idempotency records are not swept until there is one."),
+				 errhint("You might need to increase \"max_worker_processes\".")));
+	out_of_slots = true;
+	return false;
+}
+
+/*
+ * Milliseconds until a database gets its next worker.
+ *
+ * This is worked out anew each time, so that a changed interval has its effect
+ * at once.  If the clock was set back, nobody waits for it to catch up.
+ */
+static long
+get_rest(const Database *database)
+{
+	TimestampTz now = GetCurrentTimestamp();
+
+	if (database->last > now)
+		return 0;
+	return TimestampDifferenceMilliseconds(now, database->last +
+										   get_delay(database) * 1000);
+}
+
+/*
+ * How long to leave a database alone, in milliseconds.
+ */
+static int64
+get_delay(const Database *database)
+{
+	int64		interval = idempotency_sweep_interval;
+
+	if (database->busy)
+		return SOON_MS;
+
+	switch (database->result)
+	{
+		case WORKER_DONE:
+			return interval;
+		case WORKER_INTERRUPTED:
+			return Min(interval, SOON_MS);
+		case WORKER_NO_EXTENSION:
+			return NO_EXTENSION_MS;
+		case WORKER_FAILED:
+			return Min(interval << Min(database->failures, 20),
+					   Max(interval, MAX_BACKOFF_MS));
+	}
+	return interval;			/* keep the compiler quiet */
+}

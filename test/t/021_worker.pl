@@ -1,0 +1,403 @@
+# With the library preloaded, every database that has the extension is swept in
+# the background, whatever happens to it, to the workers and to the server, and
+# the workers are in nobody's way.
+
+use strict;
+use warnings;
+
+use FindBin;
+use lib "$FindBin::RealBin/../perl";
+
+use IdempotencyTest;
+use PostgreSQL::Test::Cluster;
+use PostgreSQL::Test::Utils;
+use Test::More;
+
+# Every database starts as a copy of one of these, which nobody sweeps
+my $large = 20_000;		# expired records in the template "large"
+
+my $node = new_server(
+	'main',
+	worker => 1,
+	init => [ allows_streaming => 1 ],
+	conf => <<'CONF');
+idempotency.sweep_interval = 100ms
+restart_after_crash = on
+autovacuum = off
+allow_in_place_tablespaces = on
+log_line_prefix = '%m [%p] %b '
+CONF
+$node->start;
+
+sub on
+{
+	my ($dbname, $sql) = @_;
+
+	return $node->safe_psql($dbname, $sql);
+}
+
+# Records that expired a day ago
+sub fill_sql
+{
+	my ($count) = @_;
+
+	return 'INSERT INTO idempotency_key (tenant, action, key, actor, state,'
+	  . ' request_hash, status_code, attempt, created_at, finished_at, expires_at)'
+	  . " SELECT 't', 'a', 'expired-' || gen_random_uuid(), '', 'completed',"
+	  . " '\\x00', 200, 1, now() - interval '2 days', now() - interval '2 days',"
+	  . " now() - interval '1 day' FROM generate_series(1, $count);";
+}
+
+my $expired =
+  "SELECT count(*) FROM idempotency_key WHERE key LIKE 'expired-%'";
+my $is_swept = "SELECT ($expired) = 0";
+
+sub is_swept
+{
+	my ($dbname, $test) = @_;
+
+	local $Test::Builder::Level = $Test::Builder::Level + 1;
+	return ok($node->poll_query_until($dbname, $is_swept), $test);
+}
+
+# Let sweeps go on for a while: the launcher has come round at least twice.
+sub let_sweep
+{
+	foreach my $round (1 .. 3)
+	{
+		on('postgres', fill_sql(1));
+		$node->poll_query_until('postgres', $is_swept)
+		  or die 'no sweep comes';
+	}
+	return;
+}
+
+# Wait until a sweep of a database that was a copy of "large" is on its way.
+sub wait_for_sweep
+{
+	my ($dbname) = @_;
+
+	$node->poll_query_until($dbname, "SELECT ($expired) < $large")
+	  or die 'no sweep begins';
+	return;
+}
+
+# How many transactions there were in a database that nobody but workers
+# connects to.  Each worker has some, and they are counted when it has gone.
+sub count_transactions
+{
+	my ($dbname) = @_;
+
+	return on('postgres',
+		"SELECT xact_commit FROM pg_stat_database WHERE datname = '$dbname'");
+}
+
+# Wait until a worker was in such a database.
+sub wait_for_worker
+{
+	my ($dbname, $before) = @_;
+
+	return $node->poll_query_until('postgres',
+		"SELECT xact_commit > $before FROM pg_stat_database WHERE datname = '$dbname'"
+	);
+}
+
+sub pid_of
+{
+	my ($type, $dbname) = @_;
+
+	return on('postgres',
+			"SELECT pid FROM pg_stat_activity WHERE backend_type = '$type'"
+		  . (defined $dbname ? " AND datname = '$dbname'" : ''));
+}
+
+sub set_conf
+{
+	my ($name, $value) = @_;
+
+	$node->append_conf('postgresql.conf', "$name = $value");
+	$node->reload;
+	return;
+}
+
+# Whether new expired records stay at last, for much longer than the interval.
+# While a pass is under way that began before, they need not.
+sub comes_to_rest
+{
+	my ($dbname) = @_;
+
+	for (1 .. $PostgreSQL::Test::Utils::timeout_default)
+	{
+		on($dbname, 'DELETE FROM idempotency_key; ' . fill_sql(7));
+		on($dbname, 'SELECT pg_sleep(1)');
+		return 1 if on($dbname, $expired) eq '7';
+	}
+	return 0;
+}
+
+# Databases with the extension, and one without
+on('postgres', 'CREATE EXTENSION idempotency');
+on('postgres', "CREATE DATABASE $_") foreach 'one', 'two', 'plain', 'large';
+on('postgres', 'ALTER DATABASE large IS_TEMPLATE true');
+on($_, 'CREATE EXTENSION idempotency; ' . fill_sql(2500)) foreach 'one', 'two';
+is_swept($_, "database $_ is swept") foreach 'one', 'two';
+ok( $node->poll_query_until(
+		'one', q{
+		SELECT n_tup_del >= 2500 FROM pg_stat_user_tables
+		WHERE relname = 'idempotency_key'}),
+	'its statistics count what was swept');
+
+
+# What is not expired, or is being claimed, stays
+my @kept = ('expired-claimed', 'lease', 'live', 'stalled');
+my $keys = 'SELECT key FROM idempotency_key ORDER BY key COLLATE "C"';
+my $session = session($node, 'one');
+$session->query_safe('BEGIN');
+$session->query_safe(
+	"SELECT idempotency_begin('t', 'a', 'expired-claimed', '{}')");
+on( 'one', q{
+	INSERT INTO idempotency_key (tenant, action, key, actor, state, status_code, attempt, created_at, expires_at)
+	VALUES ('t', 'a', 'expired-claimed', '', 'completed', 200, 1, now() - interval '2 days', now() - interval '1 day');
+	BEGIN;
+	SELECT idempotency_begin('t', 'a', 'live', '{}');
+	SELECT idempotency_finish('t', 'a', 'live', 201);
+	COMMIT;
+	SELECT idempotency_begin('t', 'a', 'lease', '{}', lease => '1 hour');
+	SELECT idempotency_begin('t', 'a', 'stalled', '{}', lease => '1 hour');
+	UPDATE idempotency_key SET lease_expires_at = clock_timestamp() WHERE key = 'stalled'});
+let_sweep();
+is(on('one', $keys), join("\n", @kept),
+	'answers, leases and the record of a claimed request stay');
+$session->query_safe('ROLLBACK');
+is_swept('one', 'the record that was claimed is swept after the claim');
+is(on('one', $keys), join("\n", @kept[ 1 .. 3 ]), 'the others stay');
+$session->quit;
+
+# Where there is no extension, a worker looks once
+on('postgres', "CREATE DATABASE $_") foreach 'late', 'never', 'closed';
+ok(wait_for_worker($_, 0), "a worker looks into database $_")
+  foreach 'late', 'never', 'closed';
+on('postgres', 'ALTER DATABASE closed ALLOW_CONNECTIONS false');
+let_sweep();
+my %seen = map { $_ => count_transactions($_) } 'never', 'closed';
+let_sweep();
+is(count_transactions('never'), $seen{never}, 'and then no more');
+
+# When an extension is created anywhere, one looks again, but not where nobody
+# can connect
+on('late', 'CREATE EXTENSION idempotency; ' . fill_sql(100));
+is_swept('late', 'a database that gets the extension later is swept');
+ok(wait_for_worker('never', $seen{never}), 'a worker looks again');
+let_sweep();
+$seen{never} = count_transactions('never');
+
+# Templates are left alone
+on('large', 'CREATE EXTENSION idempotency; ' . fill_sql($large));
+ok(wait_for_worker('never', $seen{never}), 'and again');
+on('postgres', 'CREATE DATABASE copied TEMPLATE large');
+is_swept('copied', 'the copy of a template that has the extension is swept');
+is(on('large', $expired), $large, 'the template is not');
+let_sweep();
+$seen{never} = count_transactions('never');
+let_sweep();
+is(count_transactions($_), $seen{$_}, "no worker looks into database $_")
+  foreach 'never', 'closed';
+on('postgres', 'ALTER DATABASE closed ALLOW_CONNECTIONS true');
+ok(wait_for_worker('closed', $seen{closed}),
+	'until connections are allowed again');
+on('postgres', 'DROP DATABASE copied');
+
+# CREATE EXTENSION makes a database known at once, and not after the interval,
+# also while the launcher waits for a worker
+set_conf('idempotency.sweep_interval', "'1h'");
+ok(comes_to_rest('postgres'), 'a longer interval takes effect by reload');
+on('plain', 'BEGIN; CREATE EXTENSION idempotency; ' . fill_sql(100) . ' COMMIT');
+is_swept('plain', 'CREATE EXTENSION makes a database known');
+on('late', 'DROP EXTENSION idempotency');
+set_conf('idempotency.sweep_batch_size', 1);
+on('postgres', 'CREATE DATABASE busy TEMPLATE large');
+# which has the launcher find the new database
+on('late', 'CREATE EXTENSION idempotency');
+wait_for_sweep('busy');
+on('never', 'BEGIN; CREATE EXTENSION idempotency; ' . fill_sql(100) . ' COMMIT');
+is_swept('never', 'also in the middle of a sweep of another one');
+on('postgres', 'DROP DATABASE busy');
+set_conf('idempotency.sweep_batch_size', 1000);
+set_conf('idempotency.sweep_interval', "'100ms'");
+is_swept('postgres', 'a shorter interval takes effect by reload');
+
+# Off and on
+set_conf('idempotency.worker', 'off');
+ok(comes_to_rest('postgres'), 'nothing is swept when worker is off');
+set_conf('idempotency.worker', 'on');
+is_swept('postgres', 'and again when it is on');
+
+# What needs a database for itself gets it in the middle of a sweep
+on('postgres', "CREATE TABLESPACE elsewhere LOCATION ''");
+foreach my $batch_size (1, 10)
+{
+	set_conf('idempotency.sweep_batch_size', $batch_size);
+	foreach my $command (
+		'DROP DATABASE busy',
+		'CREATE DATABASE other TEMPLATE busy',
+		'ALTER DATABASE busy RENAME TO other',
+		'ALTER DATABASE busy SET TABLESPACE elsewhere')
+	{
+		my $left = 0;
+		on('postgres', 'CREATE DATABASE busy TEMPLATE large');
+		wait_for_sweep('busy');
+		my ($rc, $stdout, $stderr) = $node->psql('postgres', $command);
+		is($stderr, '', "$command while it is swept, batches of $batch_size");
+		foreach my $dbname ('busy', 'other')
+		{
+			next
+			  if on('postgres',
+				"SELECT count(*) FROM pg_database WHERE datname = '$dbname'")
+			  eq '0';
+			$left += on($dbname, $expired);
+			is_swept($dbname, "then $dbname is swept");
+			on('postgres', "DROP DATABASE $dbname");
+		}
+		isnt($left, 0, 'the sweep was not over')
+		  unless $command =~ /^DROP/;
+	}
+}
+
+# So does what needs the table or the extension
+on('postgres', 'CREATE DATABASE busy TEMPLATE large');
+foreach my $command (
+	'VACUUM FULL idempotency_key',
+	'REINDEX TABLE idempotency_key',
+	'TRUNCATE idempotency_key',
+	'DROP EXTENSION idempotency')
+{
+	on('busy', "DELETE FROM idempotency_key; " . fill_sql($large));
+	wait_for_sweep('busy');
+	my ($rc, $stdout, $stderr) = $node->psql('busy', $command);
+	is($stderr, '', "$command while it is swept");
+}
+on('busy', 'CREATE EXTENSION idempotency; ' . fill_sql(100));
+is_swept('busy', 'an extension that was dropped and created again is swept');
+like(
+	error_of($node, 'busy',
+		'CREATE SCHEMA s; ALTER EXTENSION idempotency SET SCHEMA s'),
+	qr/ERROR:  0A000: extension "idempotency" does not support SET SCHEMA\n/,
+	'its schema cannot be changed');
+on('postgres', 'DROP DATABASE busy');
+set_conf('idempotency.sweep_batch_size', 1000);
+
+# A database that cannot be swept does not keep the others from it.  Workers
+# come later and later; the least time between them is known, so a slow machine
+# makes no difference.
+on(
+	'two', q{
+	CREATE FUNCTION nothing() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN old; END';
+	CREATE TRIGGER nothing BEFORE DELETE ON idempotency_key EXECUTE FUNCTION nothing();}
+	  . fill_sql(100));
+my $failure =
+  qr/^(\S+) (\d+):(\d+):(\d+\.\d+) \S+ \[\d+\] idempotency worker +ERROR:  table "idempotency_key" must not have triggers/m;
+for (1 .. 10 * $PostgreSQL::Test::Utils::timeout_default)
+{
+	last if (() = slurp_file($node->logfile) =~ /$failure/g) >= 5 * 4;
+	select(undef, undef, undef, 0.1);
+}
+my @times;
+my $text = slurp_file($node->logfile);
+push @times, ($2 * 60 + $3) * 60 + $4 while $text =~ /$failure/g;
+cmp_ok(scalar(@times), '>=', 5, 'a database that fails says so');
+foreach my $n (1 .. 4)
+{
+	my $gap = $times[$n] - $times[ $n - 1 ];
+	$gap += 24 * 60 * 60 if $gap < 0;
+	cmp_ok($gap, '>=', 0.1 * 2**$n, "failure $n: the next try comes later");
+}
+let_sweep();
+pass('the others are swept meanwhile');
+on('two', 'DROP TRIGGER nothing ON idempotency_key');
+is_swept('two', 'it is swept when the cause is gone');
+
+# Processes end
+my $offset;
+set_conf('idempotency.sweep_batch_size', 1);
+foreach my $signal ('TERM', 'KILL')
+{
+	foreach my $type ('idempotency worker', 'idempotency launcher')
+	{
+		$offset = -s $node->logfile;
+		on('postgres', 'CREATE DATABASE busy TEMPLATE large');
+		wait_for_sweep('busy');
+		my $pid =
+		  pid_of($type, $type eq 'idempotency worker' ? 'busy' : undef);
+		like($pid, qr/^\d+$/, "there is an $type");
+		kill $signal, $pid;
+		$node->wait_for_log(
+			$signal eq 'TERM'
+			? qr/FATAL:  terminating background worker "$type" due to administrator command/
+			: qr/all server processes terminated/, $offset);
+		$node->poll_query_until('postgres', 'SELECT true');
+		is_swept('busy', "$type gets $signal: sweeping goes on");
+		ok( $node->poll_query_until(
+				'postgres',
+				"SELECT count(*) = 1 AND min(pid) <> $pid FROM pg_stat_activity WHERE backend_type = 'idempotency launcher'"
+			),
+			'there is a new launcher')
+		  if $type eq 'idempotency launcher';
+		on('postgres', 'DROP DATABASE busy');
+	}
+}
+
+# A stop in the middle of a sweep is a clean one
+on('postgres', 'CREATE DATABASE busy TEMPLATE large');
+wait_for_sweep('busy');
+$node->stop('fast');
+my ($control) = run_command([ 'pg_controldata', $node->data_dir ]);
+like($control, qr/^Database cluster state: +shut down$/m,
+	'a fast stop in the middle of a sweep is a clean one');
+$node->start;
+is_swept('busy', 'and sweeping goes on after it');
+
+# Out of slots: the launcher has the only one
+$node->append_conf('postgresql.conf', <<'CONF');
+max_worker_processes = 1
+max_logical_replication_workers = 0
+CONF
+$offset = -s $node->logfile;
+$node->restart;
+my $no_slot =
+  qr/WARNING:  out of background worker slots\n.*DETAIL:  Expired idempotency records are not swept until there is one\.\n.*HINT:  You might need to increase "max_worker_processes"\.\n/;
+$node->wait_for_log($no_slot, $offset);
+on('postgres', fill_sql(100));
+on('postgres', 'SELECT pg_sleep(1)');
+is( scalar(() = substr(slurp_file($node->logfile), $offset) =~ /$no_slot/g),
+	1, 'without a slot for a worker, the log says so once');
+is(on('postgres', $expired), '100', 'and nothing is swept');
+$node->append_conf('postgresql.conf', 'max_worker_processes = 8');
+$node->restart;
+is_swept('postgres', 'with a slot it is');
+
+# A standby sweeps nothing until it is promoted
+set_conf('idempotency.worker', 'off');
+ok(comes_to_rest('postgres'), 'worker is off');
+$node->backup('base');
+my $standby = PostgreSQL::Test::Cluster->new('standby');
+$standby->init_from_backup($node, 'base', has_streaming => 1);
+$standby->append_conf('postgresql.conf', 'idempotency.worker = on');
+$standby->start;
+on('postgres', fill_sql(100));
+$node->wait_for_catchup($standby);
+is( $standby->safe_psql(
+		'postgres',
+		"SELECT count(*) FROM pg_stat_activity WHERE backend_type LIKE 'idempotency%'"
+	),
+	'0',
+	'a standby has no launcher');
+$standby->promote;
+ok($standby->poll_query_until('postgres', $is_swept),
+	'a standby that is promoted is swept');
+
+unlike(slurp_file($_->logfile), qr/TRAP|PANIC|deadlock detected/,
+	'no crash of our own and no deadlock: ' . $_->name)
+  foreach $node, $standby;
+$standby->stop;
+$node->stop;
+done_testing();
