@@ -258,8 +258,9 @@ foreach my $batch_size (1, 10)
 			is_swept($dbname, "then $dbname is swept");
 			on('postgres', "DROP DATABASE $dbname");
 		}
+		# a sweep in batches of one is long enough to be sure of that
 		isnt($left, 0, 'the sweep was not over')
-		  unless $command =~ /^DROP/;
+		  unless $command =~ /^DROP/ || $batch_size > 1;
 	}
 }
 
