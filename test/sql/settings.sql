@@ -35,6 +35,16 @@ SELECT name, value, try_setting(name, value) FROM (VALUES
     (47, 'lease', '0'), (48, 'lease', '-1'), (49, 'lease', '1ms'), (50, 'lease', '72h'), (51, 'lease', '2147483648ms')
 ) v (n, name, value) ORDER BY n;
 
+-- those of the configuration file, refused before they get there
+\set VERBOSITY sqlstate
+ALTER SYSTEM SET idempotency.sweep_interval = '99ms';
+ALTER SYSTEM SET idempotency.sweep_interval = '86400001ms';
+ALTER SYSTEM SET idempotency.worker = 'maybe';
+-- and for no session to choose
+SET idempotency.sweep_interval = '1h';
+SET idempotency.worker = off;
+\set VERBOSITY default
+
 -- a lifetime is not above max_ttl
 SHOW idempotency.max_ttl;
 SET idempotency.ttl = '72h';

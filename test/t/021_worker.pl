@@ -234,6 +234,7 @@ is_swept('postgres', 'and again when it is on');
 
 # What needs a database for itself gets it in the middle of a sweep
 on('postgres', "CREATE TABLESPACE elsewhere LOCATION ''");
+my $unfinished = 0;
 foreach my $batch_size (1, 10)
 {
 	set_conf('idempotency.sweep_batch_size', $batch_size);
@@ -258,11 +259,10 @@ foreach my $batch_size (1, 10)
 			is_swept($dbname, "then $dbname is swept");
 			on('postgres', "DROP DATABASE $dbname");
 		}
-		# a sweep in batches of one is long enough to be sure of that
-		isnt($left, 0, 'the sweep was not over')
-		  unless $command =~ /^DROP/ || $batch_size > 1;
+		$unfinished++ if $left > 0;
 	}
 }
+cmp_ok($unfinished, '>', 0, 'sweeps were not over by then');
 
 # So does what needs the table or the extension
 on('postgres', 'CREATE DATABASE busy TEMPLATE large');
@@ -312,8 +312,9 @@ foreach my $n (1 .. 4)
 	$gap += 24 * 60 * 60 if $gap < 0;
 	cmp_ok($gap, '>=', 0.1 * 2**$n, "failure $n: the next try comes later");
 }
-let_sweep();
-pass('the others are swept meanwhile');
+on($_, fill_sql(10)) foreach 'postgres', 'one';
+is_swept($_, "database $_ is swept meanwhile") foreach 'postgres', 'one';
+is(on('two', $expired), '100', 'the one that fails is not');
 on('two', 'DROP TRIGGER nothing ON idempotency_key');
 is_swept('two', 'it is swept when the cause is gone');
 
