@@ -79,7 +79,6 @@ static long sweep_due(void);
 static bool start_worker(Oid database, BackgroundWorkerHandle **handle);
 static Database *find_due(long *rest);
 static bool sweep_database(Database *database);
-static bool has_news(void);
 static long get_rest(const Database *database);
 static int64 get_delay(const Database *database);
 
@@ -89,9 +88,6 @@ static object_access_hook_type prev_object_access_hook = NULL;
 
 /* in shared memory, null unless the library is preloaded */
 WorkerState *worker_shared = NULL;
-
-/* in the launcher: how many extensions it knows to have been created */
-static uint32 known_created = 0;
 
 /* whether this transaction creates an extension */
 static bool creates_extension = false;
@@ -348,12 +344,13 @@ forget_dropped(void)
 static void
 look_again(void)
 {
+	static uint32 known = 0;
 	uint32		created = pg_atomic_read_u32(&worker_shared->created);
 	ListCell   *lc;
 
-	if (created == known_created)
+	if (created == known)
 		return;
-	known_created = created;
+	known = created;
 
 	foreach(lc, databases)
 	{
@@ -365,25 +362,24 @@ look_again(void)
 }
 
 /*
- * Have all databases swept whose time has come, the one that has waited longest
- * first.  Returns after how many milliseconds there may be more to do.
+ * Have the database swept that is due and has waited longest.  Returns after
+ * how many milliseconds there may be more to do.
  *
- * Waiting for a worker swallows what else would wake us, so news are looked
- * for after each.
+ * It is one at a time, because while a worker runs databases come and go, and
+ * waiting for it swallows what else would wake us: the main loop looks at all
+ * that again before the next one.
  */
 static long
 sweep_due(void)
 {
 	long		rest = idempotency_sweep_interval;
-	Database   *database;
+	Database   *database = find_due(&rest);
 
-	while (!has_news() && (database = find_due(&rest)) != NULL)
-	{
-		if (!sweep_database(database))
-			return Min(rest, NO_SLOT_RETRY_MS);
-	}
-
-	return has_news() ? 0 : rest;
+	if (database == NULL)
+		return rest;
+	if (!sweep_database(database))
+		return Min(rest, NO_SLOT_RETRY_MS);
+	return 0;
 }
 
 /*
@@ -408,16 +404,6 @@ find_due(long *rest)
 	}
 
 	return result;
-}
-
-/*
- * Whether the main loop has something else to do first.
- */
-static bool
-has_news(void)
-{
-	return ConfigReloadPending ||
-		pg_atomic_read_u32(&worker_shared->created) != known_created;
 }
 
 /*

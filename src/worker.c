@@ -56,8 +56,10 @@ idempotency_worker_main(Datum arg)
 	pqsignal(SIGTERM, die);
 	pqsignal(SIGHUP, SignalHandlerForConfigReload);
 	BackgroundWorkerUnblockSignals();
-	BackgroundWorkerInitializeConnectionByOid(DatumGetObjectId(arg), InvalidOid, 0);
+
+	/* before we connect, which may have to wait for a lock on the database */
 	set_settings();
+	BackgroundWorkerInitializeConnectionByOid(DatumGetObjectId(arg), InvalidOid, 0);
 
 	SweepStart(&sweep, idempotency_sweep_batch_size,
 			   MAX_DURATION_SECS * USECS_PER_SEC);
@@ -114,7 +116,7 @@ set_settings(void)
 		{"default_transaction_read_only", "off"},
 		{"synchronous_commit", "off"},
 		{"statement_timeout", "0"},
-		{"lock_timeout", "1s"},
+		{"lock_timeout", "500ms"},	/* sooner than a deadlock is looked for */
 		{"idempotency.tenant", ""},
 	};
 
