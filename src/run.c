@@ -24,7 +24,6 @@
 #include "catalog/pg_proc.h"
 #include "catalog/pg_type_d.h"
 #include "finish.h"
-#include "funcapi.h"
 #include "miscadmin.h"
 #include "result.h"
 #include "utils/acl.h"

@@ -20,7 +20,6 @@
 
 #include "access/xact.h"
 #include "catalog/pg_database.h"
-#include "commands/dbcommands.h"
 #include "miscadmin.h"
 #include "pgstat.h"
 #include "postmaster/bgworker.h"
@@ -30,7 +29,6 @@
 #include "storage/lock.h"
 #include "sweep.h"
 #include "tcop/tcopprot.h"
-#include "utils/backend_status.h"
 #include "utils/guc.h"
 #include "utils/snapmgr.h"
 #include "utils/timestamp.h"
@@ -153,7 +151,7 @@ sweep_batch(Sweep *sweep, WorkerResult *result)
 }
 
 /*
- * Lock the extension against being dropped or updated, if there is one.
+ * Lock the extension against being dropped, if there is one.
  */
 static bool
 lock_extension(void)
