@@ -12,14 +12,19 @@ OBJS = \
 	src/call.o \
 	src/checkpoint.o \
 	src/claim.o \
+	src/event.o \
 	src/event_key.o \
 	src/fingerprint.o \
 	src/finish.o \
 	src/first_seen.o \
+	src/flush.o \
+	src/histogram.o \
 	src/idempotency.o \
 	src/in_flight.o \
 	src/launcher.o \
 	src/lease.o \
+	src/log.o \
+	src/metrics.o \
 	src/result.o \
 	src/run.o \
 	src/scope.o \

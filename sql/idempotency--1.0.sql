@@ -408,6 +408,227 @@ COMMENT ON FUNCTION idempotency_tracking() IS
 'room for claims in shared memory, how much is used, and how many claims found none; nulls unless the library is preloaded';
 
 --
+-- Metrics
+--
+-- Times are in milliseconds.  A histogram has the counts of buckets that are
+-- spaced by their logarithm, and the numbers of the buckets as its subscripts
+-- (src/histogram.c).
+--
+
+CREATE FUNCTION idempotency_histogram_add(bigint[], bigint[]) RETURNS bigint[]
+AS 'MODULE_PATHNAME'
+LANGUAGE C IMMUTABLE STRICT PARALLEL SAFE;
+
+COMMENT ON FUNCTION idempotency_histogram_add(bigint[], bigint[]) IS
+'add two histograms';
+
+CREATE AGGREGATE idempotency_histogram_sum(bigint[]) (
+    SFUNC = idempotency_histogram_add,
+    STYPE = bigint[],
+    COMBINEFUNC = idempotency_histogram_add,
+    PARALLEL = SAFE
+);
+
+COMMENT ON AGGREGATE idempotency_histogram_sum(bigint[]) IS
+'sum of histograms';
+
+CREATE FUNCTION idempotency_percentile(
+    histogram bigint[],
+    fraction double precision
+) RETURNS double precision
+AS 'MODULE_PATHNAME'
+LANGUAGE C IMMUTABLE STRICT PARALLEL SAFE;
+
+COMMENT ON FUNCTION idempotency_percentile(bigint[], double precision) IS
+'time in milliseconds that a fraction of those in a histogram do not exceed; null for an empty one';
+
+CREATE FUNCTION idempotency_stats(
+    OUT action text,
+    OUT started bigint,
+    OUT replayed bigint,
+    OUT in_flight bigint,
+    OUT mismatched bigint,
+    OUT expired bigint,
+    OUT stalled bigint,
+    OUT taken_over bigint,
+    OUT completed bigint,
+    OUT errored bigint,
+    OUT released bigint,
+    OUT swept bigint,
+    OUT held int,
+    OUT run_time double precision,
+    OUT run_time_p50 double precision,
+    OUT run_time_p95 double precision,
+    OUT run_time_p99 double precision,
+    OUT run_time_histogram bigint[],
+    OUT lookup_time double precision,
+    OUT lookup_time_p50 double precision,
+    OUT lookup_time_p95 double precision,
+    OUT lookup_time_p99 double precision,
+    OUT lookup_time_histogram bigint[],
+    OUT since timestamptz
+) RETURNS SETOF record
+AS 'MODULE_PATHNAME'
+LANGUAGE C VOLATILE PARALLEL SAFE;
+
+COMMENT ON FUNCTION idempotency_stats() IS
+'what became of requests in this database, by action, as counted in shared memory';
+
+CREATE VIEW idempotency_stats AS
+    SELECT * FROM idempotency_stats();
+
+COMMENT ON VIEW idempotency_stats IS
+'what became of requests in this database, by action, since counting began; empty unless the library is preloaded';
+COMMENT ON COLUMN idempotency_stats.action IS
+'the operation, or '''' for all those that found no room of their own';
+COMMENT ON COLUMN idempotency_stats.started IS
+'requests whose work was begun';
+COMMENT ON COLUMN idempotency_stats.replayed IS
+'repeats that got the stored answer';
+COMMENT ON COLUMN idempotency_stats.in_flight IS
+'repeats that were told that the request is in flight';
+COMMENT ON COLUMN idempotency_stats.mismatched IS
+'different requests under a key that was used';
+COMMENT ON COLUMN idempotency_stats.expired IS
+'requests started that found a record whose time was over';
+COMMENT ON COLUMN idempotency_stats.stalled IS
+'leases that ran out, as far as a background worker saw them';
+COMMENT ON COLUMN idempotency_stats.taken_over IS
+'requests started that took over a lease that had run out';
+COMMENT ON COLUMN idempotency_stats.completed IS
+'answers stored';
+COMMENT ON COLUMN idempotency_stats.errored IS
+'final errors stored';
+COMMENT ON COLUMN idempotency_stats.released IS
+'claims given back without an answer';
+COMMENT ON COLUMN idempotency_stats.swept IS
+'records deleted after their time';
+COMMENT ON COLUMN idempotency_stats.held IS
+'claims that transactions hold at this moment';
+COMMENT ON COLUMN idempotency_stats.run_time IS
+'time from begin to the end of claims, in all, in milliseconds';
+COMMENT ON COLUMN idempotency_stats.run_time_p50 IS
+'time from begin to the end of a claim that half of them do not exceed';
+COMMENT ON COLUMN idempotency_stats.run_time_p95 IS
+'the same for 95 in a hundred';
+COMMENT ON COLUMN idempotency_stats.run_time_p99 IS
+'the same for 99 in a hundred';
+COMMENT ON COLUMN idempotency_stats.run_time_histogram IS
+'histogram of the time from begin to the end of claims';
+COMMENT ON COLUMN idempotency_stats.lookup_time IS
+'time to look up records, in all, in milliseconds';
+COMMENT ON COLUMN idempotency_stats.lookup_time_p50 IS
+'time to look up a record that half of the lookups do not exceed';
+COMMENT ON COLUMN idempotency_stats.lookup_time_p95 IS
+'the same for 95 in a hundred';
+COMMENT ON COLUMN idempotency_stats.lookup_time_p99 IS
+'the same for 99 in a hundred';
+COMMENT ON COLUMN idempotency_stats.lookup_time_histogram IS
+'histogram of the time to look up records';
+COMMENT ON COLUMN idempotency_stats.since IS
+'when counting began';
+
+CREATE FUNCTION idempotency_metrics_room(
+    OUT capacity int,
+    OUT used int,
+    OUT lost bigint
+)
+AS 'MODULE_PATHNAME'
+LANGUAGE C VOLATILE PARALLEL SAFE;
+
+COMMENT ON FUNCTION idempotency_metrics_room() IS
+'room for actions in shared memory, how much is used on this server, and how many events could not be counted; nulls unless the library is preloaded';
+
+CREATE TABLE idempotency_metric (
+    bucket timestamptz NOT NULL,
+    action text COLLATE "C" NOT NULL,
+    started bigint NOT NULL,
+    replayed bigint NOT NULL,
+    in_flight bigint NOT NULL,
+    mismatched bigint NOT NULL,
+    expired bigint NOT NULL,
+    stalled bigint NOT NULL,
+    taken_over bigint NOT NULL,
+    completed bigint NOT NULL,
+    errored bigint NOT NULL,
+    released bigint NOT NULL,
+    swept bigint NOT NULL,
+    run_time double precision NOT NULL,
+    lookup_time double precision NOT NULL,
+    run_time_histogram bigint[] NOT NULL,
+    lookup_time_histogram bigint[] NOT NULL,
+    PRIMARY KEY (bucket, action)
+);
+
+COMMENT ON TABLE idempotency_metric IS
+'what became of requests, by minute and action; flushed from shared memory';
+COMMENT ON COLUMN idempotency_metric.bucket IS
+'start of the minute in which it was flushed';
+COMMENT ON COLUMN idempotency_metric.action IS
+'the operation, or '''' for all those that found no room of their own';
+COMMENT ON COLUMN idempotency_metric.started IS
+'requests whose work was begun';
+COMMENT ON COLUMN idempotency_metric.replayed IS
+'repeats that got the stored answer';
+COMMENT ON COLUMN idempotency_metric.in_flight IS
+'repeats that were told that the request is in flight';
+COMMENT ON COLUMN idempotency_metric.mismatched IS
+'different requests under a key that was used';
+COMMENT ON COLUMN idempotency_metric.expired IS
+'requests started that found a record whose time was over';
+COMMENT ON COLUMN idempotency_metric.stalled IS
+'leases that ran out, as far as a background worker saw them';
+COMMENT ON COLUMN idempotency_metric.taken_over IS
+'requests started that took over a lease that had run out';
+COMMENT ON COLUMN idempotency_metric.completed IS
+'answers stored';
+COMMENT ON COLUMN idempotency_metric.errored IS
+'final errors stored';
+COMMENT ON COLUMN idempotency_metric.released IS
+'claims given back without an answer';
+COMMENT ON COLUMN idempotency_metric.swept IS
+'records deleted after their time';
+COMMENT ON COLUMN idempotency_metric.run_time IS
+'time from begin to the end of claims, in all, in milliseconds';
+COMMENT ON COLUMN idempotency_metric.lookup_time IS
+'time to look up records, in all, in milliseconds';
+COMMENT ON COLUMN idempotency_metric.run_time_histogram IS
+'histogram of the time from begin to the end of claims';
+COMMENT ON COLUMN idempotency_metric.lookup_time_histogram IS
+'histogram of the time to look up records';
+
+-- kept for a week, so they should survive a dump and restore too
+SELECT pg_catalog.pg_extension_config_dump('idempotency_metric', '');
+
+-- A repeat is a duplicate whether it got the answer or came too early for it.
+CREATE VIEW idempotency_replay_ratio AS
+    SELECT day, action, requests, duplicates,
+           pg_catalog.round(duplicates / nullif(requests, 0), 4) AS ratio,
+           duplicates = 0 OR duplicates < 0.05 * requests AS on_target
+    FROM (
+        SELECT bucket::date AS day, action,
+               pg_catalog.sum(started) AS requests,
+               pg_catalog.sum(replayed + in_flight) AS duplicates
+        FROM idempotency_metric
+        GROUP BY GROUPING SETS ((1, 2), (1))
+    ) AS days;
+
+COMMENT ON VIEW idempotency_replay_ratio IS
+'duplicates against unique requests, by day and action, and for all actions together';
+COMMENT ON COLUMN idempotency_replay_ratio.day IS
+'day in the time zone of the session';
+COMMENT ON COLUMN idempotency_replay_ratio.action IS
+'the operation, or null for all of them together';
+COMMENT ON COLUMN idempotency_replay_ratio.requests IS
+'unique requests: those whose work was begun';
+COMMENT ON COLUMN idempotency_replay_ratio.duplicates IS
+'repeats that got the stored answer, or were told that the request is in flight';
+COMMENT ON COLUMN idempotency_replay_ratio.ratio IS
+'duplicates for each unique request';
+COMMENT ON COLUMN idempotency_replay_ratio.on_target IS
+'whether that is less than 5 in a hundred';
+
+--
 -- Rights: nobody but the owner has any until the administrator hands them out
 --
 
@@ -427,8 +648,21 @@ REVOKE ALL ON FUNCTION idempotency_event_key FROM PUBLIC;
 REVOKE ALL ON PROCEDURE idempotency_sweep FROM PUBLIC;
 REVOKE ALL ON FUNCTION idempotency_in_flight FROM PUBLIC;
 REVOKE ALL ON FUNCTION idempotency_tracking FROM PUBLIC;
+REVOKE ALL ON FUNCTION idempotency_histogram_add FROM PUBLIC;
+REVOKE ALL ON FUNCTION idempotency_histogram_sum FROM PUBLIC;
+REVOKE ALL ON FUNCTION idempotency_percentile FROM PUBLIC;
+REVOKE ALL ON FUNCTION idempotency_stats FROM PUBLIC;
+REVOKE ALL ON FUNCTION idempotency_metrics_room FROM PUBLIC;
 
 GRANT SELECT ON idempotency_in_flight TO pg_monitor;
 GRANT SELECT ON idempotency_stalled TO pg_monitor;
+GRANT SELECT ON idempotency_stats TO pg_monitor;
+GRANT SELECT ON idempotency_metric TO pg_monitor;
+GRANT SELECT ON idempotency_replay_ratio TO pg_monitor;
 GRANT EXECUTE ON FUNCTION idempotency_in_flight TO pg_monitor;
 GRANT EXECUTE ON FUNCTION idempotency_tracking TO pg_monitor;
+GRANT EXECUTE ON FUNCTION idempotency_histogram_add TO pg_monitor;
+GRANT EXECUTE ON FUNCTION idempotency_histogram_sum TO pg_monitor;
+GRANT EXECUTE ON FUNCTION idempotency_percentile TO pg_monitor;
+GRANT EXECUTE ON FUNCTION idempotency_stats TO pg_monitor;
+GRANT EXECUTE ON FUNCTION idempotency_metrics_room TO pg_monitor;

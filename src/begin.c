@@ -39,7 +39,9 @@
 
 #include "begin.h"
 #include "call.h"
+#include "event.h"
 #include "lease.h"
+#include "metrics.h"
 #include "miscadmin.h"
 #include "result.h"
 #include "utils/timestamp.h"
@@ -93,6 +95,10 @@ static RowLock lock_row(Request *request);
 static void unlock(Request *request);
 static bool mismatches_record(const Request *request);
 static Claim *start(Request *request);
+static void report_outcome(const Request *request, Outcome outcome,
+						   const Claim *claim);
+static void report_start(Event *event, const Request *request,
+						 const Claim *claim);
 static void raise_outcome(const Request *request, Outcome outcome);
 static void raise_in_flight(const Request *request);
 static bool is_leased(const Request *request);
@@ -152,10 +158,15 @@ idempotency_replay(PG_FUNCTION_ARGS)
 							 REPLAY_REQUEST, REPLAY_REQUEST_HASH);
 
 	StoreOpen(&request.store, AccessShareLock);
+	request.called_at = GetCurrentTimestamp();
 	if (look_up(&request) && RecordGetState(&request.record) != RECORD_PENDING)
 	{
 		if (mismatches_record(&request))
+		{
+			report_outcome(&request, OUTCOME_MISMATCHED, NULL);
 			raise_outcome(&request, OUTCOME_MISMATCHED);
+		}
+		report_outcome(&request, OUTCOME_REPLAYED, NULL);
 		result = ResultAnswer("replayed", &request.record);
 	}
 	else
@@ -186,12 +197,15 @@ BeginRequest(Request *request, bool raise, Datum *result)
 				 errmsg("request was already begun by this transaction"),
 				 errhint("Call idempotency_finish or idempotency_release first.")));
 
+	request->called_at = GetCurrentTimestamp();
 	StoreOpen(&request->store, RowExclusiveLock);
 	outcome = decide(request);
+	if (outcome == OUTCOME_STARTED)
+		claim = start(request);
+	report_outcome(request, outcome, claim);
 
 	if (outcome == OUTCOME_STARTED)
 	{
-		claim = start(request);
 		*result = ResultStarted(&claim->facts,
 								claim->takes_over ? &request->record : NULL);
 	}
@@ -376,8 +390,14 @@ wait_for_holder(Request *request, int wait_ms)
 static bool
 look_up(Request *request)
 {
-	request->life = StoreFind(&request->store, &request->scope,
-							  GetCurrentTimestamp(), &request->record);
+	TimestampTz now = GetCurrentTimestamp();
+
+	request->life = StoreFind(&request->store, &request->scope, now,
+							  &request->record);
+	if (MetricsEnabled())
+		MetricsTime(MetricsFind(ScopeNameAction(&request->scope.name)),
+					METRIC_LOOKUP_TIME, METRIC_LOOKUP_TIME_HISTOGRAM,
+					GetCurrentTimestamp() - now);
 	if (request->life != RECORD_LIVE)
 		return false;
 
@@ -453,6 +473,7 @@ start(Request *request)
 	if (request->life != RECORD_ABSENT)
 		facts.attempt = DatumGetInt32(RecordValue(record, attempt)) + 1;
 
+	request->stalled = takes_over && !RecordIsNull(record, lease_expires_at);
 	if (takes_over)
 	{
 		if (facts.fingerprint.len == 0 && !RecordIsNull(record, request_hash))
@@ -476,6 +497,64 @@ start(Request *request)
 	claim->ttl = request->ttl;
 	claim->error_ttl = request->error_ttl;
 	return claim;
+}
+
+/*
+ * Have the outcome counted and logged.  claim is null unless it is ours.
+ */
+static void
+report_outcome(const Request *request, Outcome outcome, const Claim *claim)
+{
+	const Record *record = &request->record;
+	Event		event = {
+		.name = &request->scope.name,
+		.since = request->called_at,
+	};
+
+	switch (outcome)
+	{
+		case OUTCOME_STARTED:
+			report_start(&event, request, claim);
+			return;
+		case OUTCOME_REPLAYED:
+			event.class = EVENT_REPLAYED;
+			event.attempt = DatumGetInt32(RecordValue(record, attempt));
+			event.status = DatumGetInt32(RecordValue(record, status_code));
+			break;
+		case OUTCOME_MISMATCHED:
+			event.class = EVENT_MISMATCHED;
+			break;
+		case OUTCOME_IN_FLIGHT:
+			event.class = EVENT_IN_FLIGHT;
+			if (is_leased(request))
+				event.attempt = DatumGetInt32(RecordValue(record, attempt));
+			else if (request->tracked)
+				event.attempt = request->holder.facts.attempt;
+			break;
+	}
+	EventHappened(&event);
+}
+
+/*
+ * The same for a claim that is ours, and for what was in its place before.
+ */
+static void
+report_start(Event *event, const Request *request, const Claim *claim)
+{
+	event->attempt = claim->facts.attempt;
+	event->class = EVENT_STARTED;
+	EventHappened(event);
+
+	if (claim->replaces)
+	{
+		event->class = EVENT_EXPIRED;
+		EventHappened(event);
+	}
+	if (request->stalled)
+	{
+		event->class = EVENT_TAKEN_OVER;
+		EventHappened(event);
+	}
 }
 
 /*

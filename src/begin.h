@@ -29,8 +29,10 @@ typedef struct Request
 	bool		locked;			/* we have the lock of the scope, */
 	bool		locked_out;		/* or another transaction has it */
 	bool		woken;			/* the end of a lease will wake us */
+	TimestampTz called_at;
 	RecordLife	life;
 	Record		record;			/* unless life is RECORD_ABSENT */
+	bool		stalled;		/* it was of a lease that ran out */
 	bool		tracked;		/* somebody else's claim is known: */
 	InFlightClaim holder;
 } Request;

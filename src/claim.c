@@ -47,6 +47,7 @@
 #include "access/xact.h"
 #include "claim.h"
 #include "in_flight.h"
+#include "metrics.h"
 #include "miscadmin.h"
 #include "storage/proc.h"
 #include "utils/builtins.h"
@@ -174,6 +175,11 @@ ClaimAdd(const Scope *scope, const ClaimFacts *facts)
 	claim->tracked = InFlightTrack(&claim->locktag, &claim->name,
 								   &claim->facts);
 
+	claim->metrics = NULL;
+	if (MetricsEnabled())
+		claim->metrics = MetricsFind(ScopeNameAction(&claim->name));
+	MetricsHold(claim->metrics, 1);
+
 	claim->next = claims;
 	claims = claim;
 	return claim;
@@ -225,6 +231,7 @@ ClaimForget(Claim *claim)
 	*link = claim->next;
 
 	untrack(claim);
+	MetricsHold(claim->metrics, -1);
 	ClaimUnlock(&claim->locktag);
 	pfree(claim);
 }
@@ -306,6 +313,7 @@ forget_all(XactEvent event)
 {
 	for (Claim *claim = claims; claim != NULL; claim = claim->next)
 	{
+		MetricsHold(claim->metrics, -1);
 		if (!claim->tracked)
 			continue;
 		if (event == XACT_EVENT_PREPARE)
@@ -347,6 +355,7 @@ abort_level(int level)
 		{
 			*link = claim->next;
 			untrack(claim);
+			MetricsHold(claim->metrics, -1);
 			pfree(claim);
 			continue;
 		}

@@ -22,6 +22,7 @@ typedef struct Claim
 	int			held_level;		/* (sub)transaction that it goes with */
 	int			ended_level;	/* the one that ended it, 0 while it is held */
 	bool		tracked;		/* has an entry in shared memory */
+	struct ActionMetrics *metrics;	/* where it is counted, null for nowhere */
 	bool		replaces;		/* there was an expired record */
 	bool		takes_over;		/* there is the record of a lease, now ours */
 	TimestampTz created_at;		/* begin of the first attempt */

@@ -18,6 +18,7 @@
 #include "idempotency.h"
 
 #include "call.h"
+#include "event.h"
 #include "finish.h"
 #include "lease.h"
 #include "utils/builtins.h"
@@ -48,6 +49,8 @@ enum
 	RELEASE_ATTEMPT
 };
 
+static void report_end(const Scope *scope, StatusClass class, int attempt,
+					   int status, TimestampTz since);
 static void check_answer(const Answer *answer);
 static void check_size(const Answer *answer);
 static Claim *find_claim(const Scope *scope, FunctionCallInfo fcinfo,
@@ -142,6 +145,8 @@ idempotency_release(PG_FUNCTION_ARGS)
 	claim = find_claim(&scope, fcinfo, RELEASE_ATTEMPT);
 	if (claim != NULL && !claim_is_leased(&claim->facts))
 	{
+		report_end(&scope, STATUS_RELEASED, claim->facts.attempt, 0,
+				   claim->facts.started_at);
 		ClaimForget(claim);
 		PG_RETURN_BOOL(true);
 	}
@@ -189,8 +194,34 @@ FinishClaim(const Scope *scope, Claim *claim, const Answer *answer,
 		write_record(scope, claim, record);
 	}
 	ClaimEnd(claim);
+	report_end(scope, class, claim->facts.attempt,
+			   DatumGetInt32(answer->status_code.value),
+			   claim->facts.started_at);
 
 	return class;
+}
+
+/*
+ * Have the end of a claim counted and logged, if it is committed.
+ */
+static void
+report_end(const Scope *scope, StatusClass class, int attempt, int status,
+		   TimestampTz since)
+{
+	static const EventClass events[] = {
+		[STATUS_COMPLETED] = EVENT_COMPLETED,
+		[STATUS_ERRORED] = EVENT_ERRORED,
+		[STATUS_RELEASED] = EVENT_RELEASED,
+	};
+	Event		event = {
+		.class = events[class],
+		.name = &scope->name,
+		.attempt = attempt,
+		.status = status,
+		.since = since,
+	};
+
+	EventAtCommit(&event);
 }
 
 /*
@@ -285,15 +316,22 @@ finish_lease(Scope *scope, int attempt, const Answer *answer)
 	now = GetCurrentTimestamp();
 
 	if (is_finished(&record, answer, &class))
-		 /* the caller did not get to know, and asks again */ ;
-	else if (RecordGetState(&record) != RECORD_PENDING ||
+	{
+		/* the caller did not get to know, and asks again */
+		StoreClose(&store);
+		return class;
+	}
+
+	if (RecordGetState(&record) != RECORD_PENDING ||
 			 LeaseIsReleased(&record))
 		ereport(ERROR,
 				(errcode(ERRCODE_IDEMPOTENCY_NO_CLAIM),
 				 errmsg("no such claim"),
 				 errdetail("Attempt %d has already ended, in another way.",
 						   attempt)));
-	else if (class == STATUS_RELEASED)
+	report_end(scope, class, attempt, DatumGetInt32(answer->status_code.value),
+			   DatumGetTimestampTz(RecordValue(&record, created_at)));
+	if (class == STATUS_RELEASED)
 		LeaseRelease(&store, &record);
 	else
 	{
@@ -367,6 +405,8 @@ release_lease(Scope *scope, int attempt)
 				 errdetail("Attempt %d has already been finished.", attempt)));
 	if (!LeaseIsReleased(&record))
 	{
+		report_end(scope, STATUS_RELEASED, attempt, 0,
+				   DatumGetTimestampTz(RecordValue(&record, created_at)));
 		LeaseRelease(&store, &record);
 		released = true;
 	}

@@ -27,6 +27,7 @@
 #include "access/xact.h"
 #include "call.h"
 #include "catalog/pg_type_d.h"
+#include "event.h"
 #include "funcapi.h"
 #include "lease.h"
 #include "miscadmin.h"
@@ -185,6 +186,8 @@ record_batch(MessageId *ids, int count, const Scope *scope, int64 ttl)
 	TimestampTz now = GetCurrentTimestamp();
 	Store		store;
 	Record		record;
+	uint64		seen = 0;
+	uint64		unseen = 0;
 
 	qsort(ids, count, sizeof(MessageId), compare_ids);
 
@@ -202,13 +205,25 @@ record_batch(MessageId *ids, int count, const Scope *scope, int64 ttl)
 
 		/* the second of two that are the same in the batch is not new */
 		if (i > 0 && compare_texts(ids[i - 1].id, ids[i].id) == 0)
+		{
+			seen++;
 			continue;
+		}
 
 		RecordSet(&record, key, ids[i].id);
 		RecordSet(&record, attempt, Int32GetDatum(1));
 		ids[i].is_new = record_id(&store, &record);
+		if (ids[i].is_new)
+			unseen++;
+		else
+			seen++;
 	}
 	StoreClose(&store);
+
+	/* as if each had been begun, and the new ones finished */
+	EventCount(EVENT_STARTED, scope->parts[SCOPE_ACTION], unseen);
+	EventCountAtCommit(EVENT_COMPLETED, scope->parts[SCOPE_ACTION], unseen);
+	EventCount(EVENT_REPLAYED, scope->parts[SCOPE_ACTION], seen);
 }
 
 /*

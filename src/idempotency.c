@@ -16,8 +16,12 @@
 #include <limits.h>
 
 #include "claim.h"
+#include "event.h"
+#include "flush.h"
 #include "fmgr.h"
 #include "in_flight.h"
+#include "log.h"
+#include "metrics.h"
 #include "miscadmin.h"
 #include "nodes/pg_list.h"
 #include "status.h"
@@ -57,7 +61,10 @@ char	   *idempotency_tenant;
 int			idempotency_sweep_batch_size;
 bool		idempotency_worker;
 int			idempotency_sweep_interval;
+int			idempotency_metrics_interval;
+int			idempotency_metrics_retention;
 int			idempotency_max_tracked_claims;
+int			idempotency_max_actions;
 
 static const struct config_enum_entry key_formats[] = {
 	{"ascii", KEY_FORMAT_ASCII, false},
@@ -78,14 +85,18 @@ _PG_init(void)
 	define_answer_settings();
 	define_administrator_settings();
 	define_server_settings();
+	LogInit();
 	MarkGUCPrefixReserved("idempotency");
 	refuse_client_settings(from_client);
 
 	StoreInit();
 	ClaimInit();
+	EventInit();
 	WakeInit();
 	LauncherInit();
 	InFlightInit();
+	MetricsInit();
+	FlushInit();
 }
 
 /*
@@ -327,6 +338,28 @@ define_server_settings(void)
 							&idempotency_sweep_interval,
 							60 * 1000, 100, 24 * 60 * 60 * 1000,
 							PGC_SIGHUP, GUC_UNIT_MS,
+							NULL, NULL, NULL);
+	DefineCustomIntVariable("idempotency.metrics_interval",
+							"Sets the time from one flush of a database's metrics to the next.",
+							NULL,
+							&idempotency_metrics_interval,
+							60, 1, 60 * 60,
+							PGC_SIGHUP, GUC_UNIT_S,
+							NULL, NULL, NULL);
+	DefineCustomIntVariable("idempotency.metrics_retention",
+							"Sets how long flushed metrics are kept.",
+							NULL,
+							&idempotency_metrics_retention,
+							7 * 24 * 60 * 60, 60 * 60, 366 * 24 * 60 * 60,
+							PGC_SIGHUP, GUC_UNIT_S,
+							NULL, NULL, NULL);
+	DefineCustomIntVariable("idempotency.max_actions",
+							"Sets how many actions can have metrics of their own in shared memory.",
+							"Actions beyond it are counted together. Zero counts nothing.",
+							&idempotency_max_actions,
+							256, 0, 64 * 1024,
+							process_shared_preload_libraries_in_progress ?
+							PGC_POSTMASTER : PGC_SIGHUP, 0,
 							NULL, NULL, NULL);
 	DefineCustomIntVariable("idempotency.max_tracked_claims",
 							"Sets how many claims in flight can be described in shared memory.",

@@ -54,7 +54,10 @@ extern char *idempotency_tenant;
 extern int	idempotency_sweep_batch_size;	/* rows */
 extern bool idempotency_worker;
 extern int	idempotency_sweep_interval; /* milliseconds */
+extern int	idempotency_metrics_interval;	/* seconds */
+extern int	idempotency_metrics_retention;	/* seconds */
 extern int	idempotency_max_tracked_claims; /* entries in shared memory */
+extern int	idempotency_max_actions;	/* the same */
 
 /* idempotency.c */
 extern const char *KeyFormatName(int format);

@@ -54,6 +54,15 @@ extern void ScopeCheckKey(const text *key);
 extern void ScopeSetLocktag(Scope *scope);
 extern Datum ScopeNamePart(const ScopeName *name, ScopePart part);
 
+/* The action, behind the byte with its length */
+static inline const unsigned char *
+ScopeNameAction(const ScopeName *name)
+{
+	StaticAssertDecl(SCOPE_ACTION == SCOPE_TENANT + 1, "order of parts");
+
+	return name->data + 1 + name->data[0];
+}
+
 static inline bool
 ScopeNameEquals(const ScopeName *a, const ScopeName *b)
 {

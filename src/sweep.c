@@ -27,8 +27,11 @@
 #include "access/htup_details.h"
 #include "access/xact.h"
 #include "call.h"
+#include "event.h"
 #include "executor/spi.h"
+#include "flush.h"
 #include "funcapi.h"
+#include "metrics.h"
 #include "miscadmin.h"
 #include "nodes/parsenodes.h"
 #include "scope.h"
@@ -49,6 +52,7 @@ enum
 };
 
 static void read_arguments(Sweep *sweep, FunctionCallInfo fcinfo);
+static void commit_lazily(void);
 static bool is_claimed(const Record *record);
 static Datum make_swept(FunctionCallInfo fcinfo, int64 swept);
 
@@ -58,7 +62,8 @@ PG_FUNCTION_INFO_V1(idempotency_sweep);
  * CALL idempotency_sweep(batch_size int, max_duration interval,
  *						  INOUT swept bigint)
  *
- * Delete expired records, and say how many.
+ * Delete expired records, and say how many.  Where there is a background
+ * worker to do that, it flushes metrics too, and so does this.
  *
  * Errors: 2D000 inside a transaction block, 22023 for arguments out of range,
  * 25006 in a read-only transaction, and those of StoreOpen and StoreDelete.
@@ -83,10 +88,14 @@ idempotency_sweep(PG_FUNCTION_ARGS)
 	SPI_connect_ext(SPI_OPT_NONATOMIC);
 	while (more && GetCurrentTimestamp() < sweep.deadline)
 	{
-		(void) set_config_option("synchronous_commit", "off",
-								 PGC_USERSET, PGC_S_SESSION,
-								 GUC_ACTION_LOCAL, true, 0, false);
+		commit_lazily();
 		more = SweepBatch(&sweep);
+		SPI_commit();
+	}
+	if (MetricsEnabled())
+	{
+		commit_lazily();
+		FlushMetrics();
 		SPI_commit();
 	}
 	SPI_finish();
@@ -117,6 +126,17 @@ read_arguments(Sweep *sweep, FunctionCallInfo fcinfo)
 				 errdetail("It must be greater than zero.")));
 
 	SweepStart(sweep, batch_size, duration);
+}
+
+/*
+ * Do not wait for the disk when the current transaction commits.
+ */
+static void
+commit_lazily(void)
+{
+	(void) set_config_option("synchronous_commit", "off",
+							 PGC_USERSET, PGC_S_SESSION,
+							 GUC_ACTION_LOCAL, true, 0, false);
 }
 
 /*
@@ -158,7 +178,10 @@ SweepBatch(Sweep *sweep)
 
 		MemoryContextSwitchTo(row_context);
 		if (!is_claimed(&record) && StoreDelete(&store, false))
+		{
 			deleted++;
+			EventCountAtCommit(EVENT_SWEPT, RecordValue(&record, action), 1);
+		}
 		MemoryContextSwitchTo(oldcontext);
 		MemoryContextReset(row_context);
 	}

@@ -1,0 +1,263 @@
+/*-------------------------------------------------------------------------
+ *
+ * event.c
+ *	  What becomes of requests: to be counted, and to be logged.
+ *
+ * What a request is told is an event at once, because it was told, whatever
+ * becomes of the transaction.  What a request comes to is one only when the
+ * transaction commits.  Until then it waits in a list of this backend, where
+ * it goes with the savepoint that it happened in.
+ *
+ * A transaction that is prepared has promised to commit, and no code of ours
+ * runs when it does.  So its events count when it is prepared.
+ *
+ * What is written to the log for an event at commit is made up before, because
+ * a transaction that has committed cannot fail any more.
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "idempotency.h"
+
+#include "access/xact.h"
+#include "event.h"
+#include "lib/ilist.h"
+#include "log.h"
+#include "metrics.h"
+#include "utils/memutils.h"
+#include "utils/timestamp.h"
+
+/* An event that waits for the commit */
+typedef struct PendingEvent
+{
+	dlist_node	node;
+	int			level;			/* (sub)transaction that it goes with */
+	EventClass	class;
+	ActionMetrics *metrics;		/* of its action, if anything is counted */
+	uint64		count;			/* of events like this */
+	int64		run_time;		/* microseconds, negative when not known */
+	char	   *log;			/* detail of its line, null for no line */
+} PendingEvent;
+
+static ActionMetrics *find_metrics(Datum action);
+static void add_pending(EventClass class, ActionMetrics *metrics, uint64 count,
+						int64 run_time, char *log);
+static void at_end_of_xact(XactEvent event, void *arg);
+static void at_end_of_subxact(SubXactEvent event, SubTransactionId mySubid,
+							  SubTransactionId parentSubid, void *arg);
+static void commit_events(void);
+
+static const char *const class_names[EVENT_CLASSES] = {
+	[EVENT_STARTED] = "started",
+	[EVENT_REPLAYED] = "replayed",
+	[EVENT_IN_FLIGHT] = "in_flight",
+	[EVENT_MISMATCHED] = "mismatched",
+	[EVENT_EXPIRED] = "expired",
+	[EVENT_STALLED] = "stalled",
+	[EVENT_TAKEN_OVER] = "taken_over",
+	[EVENT_COMPLETED] = "completed",
+	[EVENT_ERRORED] = "errored",
+	[EVENT_RELEASED] = "released",
+	[EVENT_SWEPT] = "swept",
+};
+
+/* events of this transaction, in TopTransactionContext */
+static dlist_head pending = DLIST_STATIC_INIT(pending);
+
+/*
+ * Hook into the end of transactions.
+ */
+void
+EventInit(void)
+{
+	RegisterXactCallback(at_end_of_xact, NULL);
+	RegisterSubXactCallback(at_end_of_subxact, NULL);
+}
+
+/*
+ * The name of a class of events, as settings, columns and log lines have it.
+ */
+const char *
+EventClassName(EventClass class)
+{
+	return class_names[class];
+}
+
+/*
+ * Something happened that no rollback undoes.
+ */
+void
+EventHappened(const Event *event)
+{
+	if (MetricsEnabled())
+		MetricsCount(MetricsFind(ScopeNameAction(event->name)), event->class, 1);
+	if (LogWants(event->class))
+		LogWrite(event->class, LogMakeDetail(event));
+}
+
+/*
+ * Something happens if this transaction commits.
+ */
+void
+EventAtCommit(const Event *event)
+{
+	ActionMetrics *metrics = NULL;
+	char	   *log = NULL;
+
+	if (MetricsEnabled())
+		metrics = MetricsFind(ScopeNameAction(event->name));
+	if (LogWants(event->class))
+	{
+		MemoryContext oldcontext = MemoryContextSwitchTo(TopTransactionContext);
+
+		log = LogMakeDetail(event);
+		MemoryContextSwitchTo(oldcontext);
+	}
+
+	if (MetricsEnabled() || log != NULL)
+		add_pending(event->class, metrics, 1,
+					event->since == 0 ? -1 :
+					Max(GetCurrentTimestamp() - event->since, 0), log);
+}
+
+/*
+ * Count events of one class, which happened to requests of an action, a text.
+ */
+void
+EventCount(EventClass class, Datum action, uint64 count)
+{
+	if (MetricsEnabled() && count > 0)
+		MetricsCount(find_metrics(action), class, count);
+}
+
+/*
+ * The same for events that happen if this transaction commits.
+ */
+void
+EventCountAtCommit(EventClass class, Datum action, uint64 count)
+{
+	ActionMetrics *metrics;
+	dlist_iter	iter;
+
+	if (!MetricsEnabled() || count == 0)
+		return;
+	metrics = find_metrics(action);
+
+	/* there are not many actions in the batch of a sweep */
+	dlist_foreach(iter, &pending)
+	{
+		PendingEvent *event = dlist_container(PendingEvent, node, iter.cur);
+
+		if (event->metrics == metrics && event->class == class &&
+			event->level == GetCurrentTransactionNestLevel() &&
+			event->run_time < 0 && event->log == NULL)
+		{
+			event->count += count;
+			return;
+		}
+	}
+	add_pending(class, metrics, count, -1, NULL);
+}
+
+/*
+ * The metrics of an action that is given as a text.
+ *
+ * One that is too long is that of a row which did not come from these
+ * functions, and counts among the others.
+ */
+static ActionMetrics *
+find_metrics(Datum action)
+{
+	text	   *name = DatumGetTextPP(action);
+	unsigned char packed[SCOPE_PART_MAX + 1] = {0};
+
+	if (VARSIZE_ANY_EXHDR(name) <= SCOPE_PART_MAX)
+	{
+		packed[0] = (unsigned char) VARSIZE_ANY_EXHDR(name);
+		memcpy(packed + 1, VARDATA_ANY(name), packed[0]);
+	}
+	return MetricsFind(packed);
+}
+
+static void
+add_pending(EventClass class, ActionMetrics *metrics, uint64 count,
+			int64 run_time, char *log)
+{
+	PendingEvent *event = MemoryContextAlloc(TopTransactionContext,
+											 sizeof(PendingEvent));
+
+	event->level = GetCurrentTransactionNestLevel();
+	event->class = class;
+	event->metrics = metrics;
+	event->count = count;
+	event->run_time = run_time;
+	event->log = log;
+	dlist_push_tail(&pending, &event->node);
+}
+
+/*
+ * Transaction callback
+ */
+static void
+at_end_of_xact(XactEvent event, void *arg)
+{
+	if (dlist_is_empty(&pending))
+		return;
+
+	if (event == XACT_EVENT_COMMIT || event == XACT_EVENT_PREPARE)
+		commit_events();
+	if (event == XACT_EVENT_COMMIT || event == XACT_EVENT_ABORT ||
+		event == XACT_EVENT_PREPARE)
+		dlist_init(&pending);
+}
+
+/*
+ * Subtransaction callback
+ */
+static void
+at_end_of_subxact(SubXactEvent event, SubTransactionId mySubid,
+				  SubTransactionId parentSubid, void *arg)
+{
+	int			level = GetCurrentTransactionNestLevel();
+	dlist_mutable_iter iter;
+
+	if (dlist_is_empty(&pending) ||
+		(event != SUBXACT_EVENT_COMMIT_SUB && event != SUBXACT_EVENT_ABORT_SUB))
+		return;
+
+	dlist_foreach_modify(iter, &pending)
+	{
+		PendingEvent *pending_event = dlist_container(PendingEvent, node,
+													  iter.cur);
+
+		if (pending_event->level < level)
+			continue;
+		if (event == SUBXACT_EVENT_COMMIT_SUB)
+			pending_event->level = level - 1;
+		else
+			dlist_delete(&pending_event->node);
+	}
+}
+
+/*
+ * The transaction has committed, and with it everything that waited for that.
+ */
+static void
+commit_events(void)
+{
+	dlist_iter	iter;
+
+	dlist_foreach(iter, &pending)
+	{
+		PendingEvent *event = dlist_container(PendingEvent, node, iter.cur);
+
+		if (MetricsEnabled())
+		{
+			MetricsCount(event->metrics, event->class, event->count);
+			if (event->run_time >= 0)
+				MetricsTime(event->metrics, METRIC_RUN_TIME,
+							METRIC_RUN_TIME_HISTOGRAM, event->run_time);
+		}
+		if (event->log != NULL)
+			LogWrite(event->class, event->log);
+	}
+}

@@ -1,0 +1,294 @@
+/*-------------------------------------------------------------------------
+ *
+ * flush.c
+ *	  Keeping metrics when the server does not.
+ *
+ * A flush adds what was counted since the last one to the rows of the current
+ * minute in the table idempotency_metric, and deletes rows that are older than
+ * idempotency.metrics_retention.
+ *
+ * Nothing is flushed twice or not at all.  What has been flushed is noted in
+ * shared memory, beside the counters, and that is done by a callback when the
+ * flush commits: between the commit and the callback no error or signal can
+ * come, and if the process is killed there, the server starts anew and the
+ * counters with it.  The table is locked against other flushes until then.
+ *
+ * The statements run as the owner of the table, restricted as maintenance
+ * commands are, so that who may sweep needs no right on the table, and what
+ * the owner may have attached to it has no more rights than the owner.
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "idempotency.h"
+
+#include "access/xact.h"
+#include "catalog/pg_type_d.h"
+#include "executor/spi.h"
+#include "flush.h"
+#include "metrics.h"
+#include "miscadmin.h"
+#include "storage/lmgr.h"
+#include "utils/builtins.h"
+#include "utils/guc.h"
+#include "utils/lsyscache.h"
+#include "utils/memutils.h"
+#include "utils/rel.h"
+#include "utils/timestamp.h"
+
+#define TABLE_NAME	"idempotency_metric"
+
+/* A column of idempotency_metric */
+typedef struct MetricColumn
+{
+	const char *name;
+	Oid			type;
+} MetricColumn;
+
+#define KEY_COLUMNS	2			/* bucket and action */
+
+/* What this transaction flushes of the metrics of an action */
+typedef struct Flushed
+{
+	ActionMetrics *metrics;
+	uint64		values[METRIC_VALUES];
+} Flushed;
+
+static void at_end_of_xact(XactEvent event, void *arg);
+static void flush_into(Relation rel);
+static bool read_delta(ActionMetrics *metrics, uint64 *delta);
+static SPIPlanPtr prepare_insert(const char *schema, const char *table);
+static void insert_row(SPIPlanPtr plan, const Flushed *flushed);
+static void delete_old(const char *table);
+
+static const MetricColumn columns[] = {
+	{"bucket", TIMESTAMPTZOID},
+	{"action", TEXTOID},
+	{"started", INT8OID},
+	{"replayed", INT8OID},
+	{"in_flight", INT8OID},
+	{"mismatched", INT8OID},
+	{"expired", INT8OID},
+	{"stalled", INT8OID},
+	{"taken_over", INT8OID},
+	{"completed", INT8OID},
+	{"errored", INT8OID},
+	{"released", INT8OID},
+	{"swept", INT8OID},
+	{"run_time", FLOAT8OID},
+	{"lookup_time", FLOAT8OID},
+	{"run_time_histogram", INT8ARRAYOID},
+	{"lookup_time_histogram", INT8ARRAYOID},
+};
+
+StaticAssertDecl(lengthof(columns) == KEY_COLUMNS + EVENT_CLASSES + 4,
+				 "a column for each class of events");
+
+/* what this transaction flushes, in TopTransactionContext */
+static List *flushed_metrics = NIL;
+
+/*
+ * Hook into the end of transactions.
+ */
+void
+FlushInit(void)
+{
+	RegisterXactCallback(at_end_of_xact, NULL);
+}
+
+/*
+ * Flush the metrics of this database in the current transaction, unless
+ * somebody else is just doing that or has the table locked.
+ */
+void
+FlushMetrics(void)
+{
+	Oid			extension = get_extension_oid("idempotency", true);
+	Oid			table;
+	Relation	rel;
+	Oid			user;
+	int			context;
+	int			nest_level;
+
+	if (!MetricsEnabled() || !OidIsValid(extension))
+		return;
+
+	table = get_relname_relid(TABLE_NAME, get_extension_schema(extension));
+	if (!OidIsValid(table) ||
+		!ConditionalLockRelationOid(table, ShareRowExclusiveLock))
+		return;
+	rel = try_table_open(table, NoLock);
+	if (rel == NULL)
+		return;
+
+	GetUserIdAndSecContext(&user, &context);
+	SetUserIdAndSecContext(rel->rd_rel->relowner,
+						   context | SECURITY_RESTRICTED_OPERATION);
+	nest_level = NewGUCNestLevel();
+	(void) set_config_option("search_path", "pg_catalog, pg_temp",
+							 PGC_USERSET, PGC_S_SESSION,
+							 GUC_ACTION_SAVE, true, 0, false);
+	flush_into(rel);
+	AtEOXact_GUC(false, nest_level);
+	SetUserIdAndSecContext(user, context);
+
+	table_close(rel, NoLock);
+}
+
+/*
+ * Transaction callback: what was flushed is in the table now, or is not.
+ */
+static void
+at_end_of_xact(XactEvent event, void *arg)
+{
+	ListCell   *lc;
+
+	if (flushed_metrics == NIL)
+		return;
+
+	if (event == XACT_EVENT_COMMIT)
+	{
+		foreach(lc, flushed_metrics)
+		{
+			Flushed    *flushed = lfirst(lc);
+
+			for (int i = 0; i < METRIC_VALUES; i++)
+				flushed->metrics->flushed[i] += flushed->values[i];
+		}
+	}
+	if (event == XACT_EVENT_COMMIT || event == XACT_EVENT_ABORT)
+		flushed_metrics = NIL;
+}
+
+/*
+ * Write what was counted since the last flush, and delete what is old.
+ */
+static void
+flush_into(Relation rel)
+{
+	char	   *schema = get_namespace_name(RelationGetNamespace(rel));
+	char	   *table = quote_qualified_identifier(schema, TABLE_NAME);
+	SPIPlanPtr	plan;
+	ListCell   *lc;
+
+	SPI_connect();
+	plan = prepare_insert(schema, table);
+	foreach(lc, MetricsList())
+	{
+		Flushed    *flushed = MemoryContextAlloc(TopTransactionContext,
+												 sizeof(Flushed));
+
+		flushed->metrics = lfirst(lc);
+		if (read_delta(flushed->metrics, flushed->values))
+		{
+			MemoryContext oldcontext;
+
+			insert_row(plan, flushed);
+			oldcontext = MemoryContextSwitchTo(TopTransactionContext);
+			flushed_metrics = lappend(flushed_metrics, flushed);
+			MemoryContextSwitchTo(oldcontext);
+		}
+		else
+			pfree(flushed);
+	}
+	delete_old(table);
+	SPI_finish();
+}
+
+/*
+ * What was counted since the last flush.  Returns whether there is anything.
+ */
+static bool
+read_delta(ActionMetrics *metrics, uint64 *delta)
+{
+	bool		any = false;
+
+	MetricsRead(metrics, delta);
+	for (int i = 0; i < METRIC_VALUES; i++)
+	{
+		delta[i] -= metrics->flushed[i];
+		any |= delta[i] != 0;
+	}
+
+	return any;
+}
+
+/*
+ * Plan the statement that adds to the row of an action.
+ */
+static SPIPlanPtr
+prepare_insert(const char *schema, const char *table)
+{
+	Oid			types[lengthof(columns)];
+	StringInfoData query;
+	SPIPlanPtr	plan;
+
+	initStringInfo(&query);
+	appendStringInfo(&query, "INSERT INTO %s AS m (", table);
+	for (size_t i = 0; i < lengthof(columns); i++)
+		appendStringInfo(&query, "%s%s", i > 0 ? ", " : "", columns[i].name);
+	appendStringInfoString(&query, ") VALUES (");
+	for (size_t i = 0; i < lengthof(columns); i++)
+	{
+		types[i] = columns[i].type;
+		appendStringInfo(&query, "%s$%zu", i > 0 ? ", " : "", i + 1);
+	}
+	appendStringInfoString(&query, ") ON CONFLICT (bucket, action) DO UPDATE SET ");
+	for (size_t i = KEY_COLUMNS; i < lengthof(columns); i++)
+	{
+		const char *name = columns[i].name;
+
+		appendStringInfo(&query, "%s%s = ", i > KEY_COLUMNS ? ", " : "", name);
+		if (columns[i].type == INT8ARRAYOID)
+			appendStringInfo(&query, "%s.idempotency_histogram_add(m.%s, excluded.%s)",
+							 quote_identifier(schema), name, name);
+		else
+			appendStringInfo(&query, "m.%s + excluded.%s", name, name);
+	}
+
+	plan = SPI_prepare(query.data, lengthof(columns), types);
+	if (plan == NULL)
+		elog(ERROR, "SPI_prepare failed: %s", SPI_result_code_string(SPI_result));
+	return plan;
+}
+
+/*
+ * Add what was counted to the row of an action and this minute.
+ */
+static void
+insert_row(SPIPlanPtr plan, const Flushed *flushed)
+{
+	const unsigned char *action = flushed->metrics->key.action;
+	const uint64 *counts = flushed->values;
+	TimestampTz now = GetCurrentTimestamp();
+	Datum		values[lengthof(columns)];
+	Datum	   *value = values;
+
+	*value++ = TimestampTzGetDatum(now - now % USECS_PER_MINUTE);
+	*value++ = PointerGetDatum(cstring_to_text_with_len((const char *) action + 1,
+														action[0]));
+	for (int i = 0; i < EVENT_CLASSES; i++)
+		*value++ = Int64GetDatum((int64) counts[i]);
+	*value++ = Float8GetDatum(counts[METRIC_RUN_TIME] / 1000.0);
+	*value++ = Float8GetDatum(counts[METRIC_LOOKUP_TIME] / 1000.0);
+	*value++ = HistogramToArray(&counts[METRIC_RUN_TIME_HISTOGRAM]);
+	*value++ = HistogramToArray(&counts[METRIC_LOOKUP_TIME_HISTOGRAM]);
+
+	if (SPI_execute_plan(plan, values, NULL, false, 0) != SPI_OK_INSERT)
+		elog(ERROR, "could not insert metrics");
+}
+
+/*
+ * Delete the rows that have been kept for long enough.
+ */
+static void
+delete_old(const char *table)
+{
+	Oid			types[1] = {TIMESTAMPTZOID};
+	Datum		values[1];
+
+	values[0] = TimestampTzGetDatum(GetCurrentTimestamp() -
+									(int64) idempotency_metrics_retention * USECS_PER_SEC);
+	if (SPI_execute_with_args(psprintf("DELETE FROM %s WHERE bucket < $1", table),
+							  1, types, values, NULL, false, 0) != SPI_OK_DELETE)
+		elog(ERROR, "could not delete metrics");
+}

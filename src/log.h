@@ -1,0 +1,20 @@
+/*-------------------------------------------------------------------------
+ *
+ * log.h
+ *	  Lines in the server's log about events.
+ *
+ *-------------------------------------------------------------------------
+ */
+#ifndef IDEMPOTENCY_LOG_H
+#define IDEMPOTENCY_LOG_H
+
+#include "postgres.h"
+
+#include "event.h"
+
+extern void LogInit(void);
+extern bool LogWants(EventClass class);
+extern char *LogMakeDetail(const Event *event);
+extern void LogWrite(EventClass class, const char *detail);
+
+#endif							/* IDEMPOTENCY_LOG_H */

@@ -1,0 +1,611 @@
+/*-------------------------------------------------------------------------
+ *
+ * metrics.c
+ *	  What became of requests, counted in shared memory.
+ *
+ * Each action of each database that was seen since the server started has an
+ * entry in a hash table: a counter for each class of events, and sums and
+ * histograms of times.  The table has a fixed size.  Actions that find no room
+ * are counted together, in an entry of their database with an empty name, for
+ * which some room is set aside.
+ *
+ * Counting takes no lock.  The values are atomic, an entry is never moved, and
+ * it is removed only when its database is dropped, when nobody can be connected
+ * to that.  So a backend looks an action up once, under the lock of the table,
+ * and remembers the entry by the hash of the name.
+ *
+ * The values only grow.  What of them has been written to the table of metrics
+ * is kept beside them (see flush.c).  Both are saved to a file when the server
+ * is shut down, and read back when it starts.  The file is removed then, so
+ * that after a crash nothing is counted twice; what was not flushed is lost.
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "idempotency.h"
+
+#include <math.h>
+#include <unistd.h>
+
+#include "common/hashfn.h"
+#include "funcapi.h"
+#include "metrics.h"
+#include "miscadmin.h"
+#include "pgstat.h"
+#include "storage/fd.h"
+#include "storage/ipc.h"
+#include "storage/lwlock.h"
+#include "storage/shmem.h"
+#include "utils/builtins.h"
+#include "utils/hsearch.h"
+#include "utils/timestamp.h"
+
+#define TRANCHE_NAME		"idempotency metrics"
+#define DUMP_FILE			PGSTAT_STAT_PERMANENT_DIRECTORY "/idempotency.stat"
+#define DUMP_MAGIC			0x1de30001
+
+/* Entries that are set aside for the other actions of a database */
+#define OVERFLOW_ENTRIES	64
+
+/* Entries that a backend remembers; a power of two */
+#define RECENT_ENTRIES		64
+
+/* Columns of idempotency_stats() */
+enum
+{
+	STATS_ACTION,
+	STATS_EVENTS,				/* a column for each class */
+	STATS_HELD = STATS_EVENTS + EVENT_CLASSES,
+	STATS_RUN_TIME,				/* sum, p50, p95, p99, histogram */
+	STATS_LOOKUP_TIME = STATS_RUN_TIME + 5,
+	STATS_SINCE = STATS_LOOKUP_TIME + 5,
+	STATS_COLUMNS
+};
+
+typedef struct MetricsState
+{
+	TimestampTz since;			/* when counting began */
+	int			named;			/* entries that are not for other actions */
+	pg_atomic_uint64 lost;		/* events that there was no entry for */
+} MetricsState;
+
+/* An entry in the file that is written at shutdown */
+typedef struct DumpedMetrics
+{
+	MetricsKey	key;
+	uint64		values[METRIC_VALUES];
+	uint64		flushed[METRIC_VALUES];
+} DumpedMetrics;
+
+static Size metrics_size(void);
+static void request_shmem(void);
+static void startup_shmem(void);
+static ActionMetrics *find_entry(const unsigned char *action);
+static ActionMetrics *enter(const MetricsKey *key);
+static void init_entry(ActionMetrics *metrics);
+static void put_row(ReturnSetInfo *rsinfo, ActionMetrics *metrics);
+static void put_times(Datum *values, bool *nulls, uint64 sum,
+					  const uint64 *histogram);
+static void dump(int code, Datum arg);
+static void load(void);
+static bool write_dump(FILE *file);
+static bool read_dump(FILE *file);
+
+PG_FUNCTION_INFO_V1(idempotency_stats);
+PG_FUNCTION_INFO_V1(idempotency_metrics_room);
+
+static shmem_request_hook_type prev_shmem_request_hook = NULL;
+static shmem_startup_hook_type prev_shmem_startup_hook = NULL;
+
+/* pointers to shared memory, null unless the library is preloaded */
+static MetricsState *state = NULL;
+static HTAB *entries = NULL;
+static LWLock *lock = NULL;
+
+/* entries that this backend has looked up, at the hash of their action */
+static struct
+{
+	uint64		hash;
+	ActionMetrics *metrics;
+}			recent[RECENT_ENTRIES];
+
+/*
+ * Ask for shared memory while there is still time to.
+ */
+void
+MetricsInit(void)
+{
+	if (!process_shared_preload_libraries_in_progress)
+		return;
+
+	prev_shmem_request_hook = shmem_request_hook;
+	shmem_request_hook = request_shmem;
+	prev_shmem_startup_hook = shmem_startup_hook;
+	shmem_startup_hook = startup_shmem;
+}
+
+/*
+ * Whether anything is counted.
+ */
+bool
+MetricsEnabled(void)
+{
+	return entries != NULL;
+}
+
+/*
+ * The metrics of an action of this database; null if there is no room, not
+ * even for the other actions.
+ *
+ * action is a name behind a byte with its length.
+ */
+ActionMetrics *
+MetricsFind(const unsigned char *action)
+{
+	uint64		hash = hash_bytes_extended(action, 1 + action[0], 0);
+	int			slot = hash % RECENT_ENTRIES;
+
+	/* that another name has the same 64 bits need not worry us */
+	if (recent[slot].metrics == NULL || recent[slot].hash != hash)
+	{
+		recent[slot].metrics = find_entry(action);
+		recent[slot].hash = hash;
+	}
+	return recent[slot].metrics;
+}
+
+/*
+ * Count events.
+ */
+void
+MetricsCount(ActionMetrics *metrics, EventClass class, uint64 count)
+{
+	if (metrics != NULL)
+		pg_atomic_fetch_add_u64(&metrics->values[class], count);
+	else
+		pg_atomic_fetch_add_u64(&state->lost, count);
+}
+
+/*
+ * Count a time, in its sum and in its histogram.
+ */
+void
+MetricsTime(ActionMetrics *metrics, int sum, int histogram, int64 usecs)
+{
+	if (metrics == NULL)
+		return;
+	pg_atomic_fetch_add_u64(&metrics->values[sum], Max(usecs, 0));
+	pg_atomic_fetch_add_u64(&metrics->values[histogram + HistogramBucket(usecs)], 1);
+}
+
+/*
+ * Count a claim that a transaction has got (1) or has no more (-1).
+ */
+void
+MetricsHold(ActionMetrics *metrics, int change)
+{
+	if (metrics != NULL)
+		pg_atomic_fetch_add_u32(&metrics->held, change);
+}
+
+/*
+ * All entries of this database.
+ */
+List *
+MetricsList(void)
+{
+	List	   *result = NIL;
+	HASH_SEQ_STATUS seq;
+	ActionMetrics *metrics;
+
+	if (entries == NULL)
+		return NIL;
+
+	LWLockAcquire(lock, LW_SHARED);
+	hash_seq_init(&seq, entries);
+	while ((metrics = hash_seq_search(&seq)) != NULL)
+	{
+		if (metrics->key.database == MyDatabaseId)
+			result = lappend(result, metrics);
+	}
+	LWLockRelease(lock);
+
+	return result;
+}
+
+/*
+ * Read the values of an action, METRIC_VALUES of them.
+ */
+void
+MetricsRead(ActionMetrics *metrics, uint64 *values)
+{
+	for (int i = 0; i < METRIC_VALUES; i++)
+		values[i] = pg_atomic_read_u64(&metrics->values[i]);
+}
+
+/*
+ * The databases that have entries, as a list of OIDs.
+ */
+List *
+MetricsDatabases(void)
+{
+	List	   *result = NIL;
+	HASH_SEQ_STATUS seq;
+	ActionMetrics *metrics;
+
+	LWLockAcquire(lock, LW_SHARED);
+	hash_seq_init(&seq, entries);
+	while ((metrics = hash_seq_search(&seq)) != NULL)
+		result = list_append_unique_oid(result, metrics->key.database);
+	LWLockRelease(lock);
+
+	return result;
+}
+
+/*
+ * Remove the entries of a database that does not exist any more.
+ */
+void
+MetricsForget(Oid database)
+{
+	HASH_SEQ_STATUS seq;
+	ActionMetrics *metrics;
+
+	LWLockAcquire(lock, LW_EXCLUSIVE);
+	hash_seq_init(&seq, entries);
+	while ((metrics = hash_seq_search(&seq)) != NULL)
+	{
+		if (metrics->key.database != database)
+			continue;
+		if (metrics->key.action[0] != 0)
+			state->named--;
+		hash_search(entries, &metrics->key, HASH_REMOVE, NULL);
+	}
+	LWLockRelease(lock);
+}
+
+/*
+ * idempotency_stats() returns setof record
+ *
+ * The metrics of this database since counting began, a row for each action;
+ * none unless the library is preloaded.
+ */
+Datum
+idempotency_stats(PG_FUNCTION_ARGS)
+{
+	ListCell   *lc;
+
+	InitMaterializedSRF(fcinfo, 0);
+	foreach(lc, MetricsList())
+		put_row((ReturnSetInfo *) fcinfo->resultinfo, lfirst(lc));
+
+	return (Datum) 0;
+}
+
+/*
+ * idempotency_metrics_room(OUT capacity int, OUT used int, OUT lost bigint)
+ *
+ * How many actions can have metrics of their own on this server, how many
+ * have, and how many events could not be counted at all; nulls unless the
+ * library is preloaded.
+ */
+Datum
+idempotency_metrics_room(PG_FUNCTION_ARGS)
+{
+	TupleDesc	tupdesc;
+	Datum		values[3] = {0};
+	bool		nulls[3] = {true, true, true};
+
+	if (get_call_result_type(fcinfo, NULL, &tupdesc) != TYPEFUNC_COMPOSITE)
+		elog(ERROR, "return type must be a row type");
+
+	if (entries != NULL)
+	{
+		LWLockAcquire(lock, LW_SHARED);
+		values[0] = Int32GetDatum(idempotency_max_actions);
+		values[1] = Int32GetDatum(state->named);
+		values[2] = Int64GetDatum((int64) pg_atomic_read_u64(&state->lost));
+		LWLockRelease(lock);
+		memset(nulls, false, sizeof(nulls));
+	}
+
+	return HeapTupleGetDatum(heap_form_tuple(tupdesc, values, nulls));
+}
+
+static Size
+metrics_size(void)
+{
+	return add_size(MAXALIGN(sizeof(MetricsState)),
+					hash_estimate_size(idempotency_max_actions + OVERFLOW_ENTRIES,
+									   sizeof(ActionMetrics)));
+}
+
+/*
+ * shmem_request hook
+ */
+static void
+request_shmem(void)
+{
+	if (prev_shmem_request_hook)
+		prev_shmem_request_hook();
+
+	if (idempotency_max_actions == 0)
+		return;
+	RequestAddinShmemSpace(metrics_size());
+	RequestNamedLWLockTranche(TRANCHE_NAME, 1);
+}
+
+/*
+ * shmem_startup hook: make the table, or attach to it in a new process.
+ */
+static void
+startup_shmem(void)
+{
+	bool		found;
+	HASHCTL		info = {0};
+
+	if (prev_shmem_startup_hook)
+		prev_shmem_startup_hook();
+
+	if (idempotency_max_actions == 0)
+		return;
+
+	LWLockAcquire(AddinShmemInitLock, LW_EXCLUSIVE);
+
+	state = ShmemInitStruct("idempotency metrics state", sizeof(MetricsState),
+							&found);
+	info.keysize = sizeof(MetricsKey);
+	info.entrysize = sizeof(ActionMetrics);
+	entries = ShmemInitHash("idempotency metrics",
+							idempotency_max_actions + OVERFLOW_ENTRIES,
+							idempotency_max_actions + OVERFLOW_ENTRIES,
+							&info,
+							HASH_ELEM | HASH_BLOBS | HASH_FIXED_SIZE);
+	lock = &GetNamedLWLockTranche(TRANCHE_NAME)->lock;
+	if (!found)
+	{
+		state->since = GetCurrentTimestamp();
+		state->named = 0;
+		pg_atomic_init_u64(&state->lost, 0);
+	}
+
+	LWLockRelease(AddinShmemInitLock);
+
+	/* in the postmaster only, which is the last to go */
+	if (!IsUnderPostmaster)
+		on_shmem_exit(dump, (Datum) 0);
+	if (!found)
+		load();
+}
+
+/*
+ * Find the entry of an action under the lock of the table, or make it.
+ */
+static ActionMetrics *
+find_entry(const unsigned char *action)
+{
+	MetricsKey	key = {.database = MyDatabaseId};
+	ActionMetrics *metrics;
+
+	memcpy(key.action, action, 1 + action[0]);
+
+	LWLockAcquire(lock, LW_SHARED);
+	metrics = hash_search(entries, &key, HASH_FIND, NULL);
+	LWLockRelease(lock);
+
+	if (metrics == NULL)
+	{
+		LWLockAcquire(lock, LW_EXCLUSIVE);
+		metrics = enter(&key);
+		if (metrics == NULL)
+		{
+			memset(key.action, 0, sizeof(key.action));
+			metrics = enter(&key);
+		}
+		LWLockRelease(lock);
+	}
+
+	return metrics;
+}
+
+/*
+ * Find an entry or make it, if there is room.  The lock is held.
+ */
+static ActionMetrics *
+enter(const MetricsKey *key)
+{
+	bool		is_named = key->action[0] != 0;
+	bool		found;
+	ActionMetrics *metrics;
+
+	if (is_named && state->named >= idempotency_max_actions)
+		return hash_search(entries, key, HASH_FIND, NULL);
+
+	metrics = hash_search(entries, key, HASH_ENTER_NULL, &found);
+	if (metrics == NULL || found)
+		return metrics;
+
+	if (is_named)
+		state->named++;
+	init_entry(metrics);
+	return metrics;
+}
+
+static void
+init_entry(ActionMetrics *metrics)
+{
+	pg_atomic_init_u32(&metrics->held, 0);
+	for (int i = 0; i < METRIC_VALUES; i++)
+		pg_atomic_init_u64(&metrics->values[i], 0);
+	memset(metrics->flushed, 0, sizeof(metrics->flushed));
+}
+
+/*
+ * Add a row to the result of idempotency_stats().
+ */
+static void
+put_row(ReturnSetInfo *rsinfo, ActionMetrics *metrics)
+{
+	Datum		values[STATS_COLUMNS];
+	bool		nulls[STATS_COLUMNS] = {false};
+	uint64		counts[METRIC_VALUES];
+
+	MetricsRead(metrics, counts);
+
+	values[STATS_ACTION] =
+		PointerGetDatum(cstring_to_text_with_len((char *) metrics->key.action + 1,
+												 metrics->key.action[0]));
+	for (int i = 0; i < EVENT_CLASSES; i++)
+		values[STATS_EVENTS + i] = Int64GetDatum((int64) counts[i]);
+	values[STATS_HELD] = Int32GetDatum((int32) pg_atomic_read_u32(&metrics->held));
+	put_times(&values[STATS_RUN_TIME], &nulls[STATS_RUN_TIME],
+			  counts[METRIC_RUN_TIME], &counts[METRIC_RUN_TIME_HISTOGRAM]);
+	put_times(&values[STATS_LOOKUP_TIME], &nulls[STATS_LOOKUP_TIME],
+			  counts[METRIC_LOOKUP_TIME], &counts[METRIC_LOOKUP_TIME_HISTOGRAM]);
+	values[STATS_SINCE] = TimestampTzGetDatum(state->since);
+
+	tuplestore_putvalues(rsinfo->setResult, rsinfo->setDesc, values, nulls);
+}
+
+/*
+ * Fill in the five columns about times, which are in milliseconds.
+ */
+static void
+put_times(Datum *values, bool *nulls, uint64 sum, const uint64 *histogram)
+{
+	static const double fractions[] = {0.5, 0.95, 0.99};
+
+	*values++ = Float8GetDatum(sum / 1000.0);
+	nulls++;
+	for (size_t i = 0; i < lengthof(fractions); i++)
+	{
+		double		percentile = HistogramPercentile(histogram, fractions[i]);
+
+		*values++ = Float8GetDatum(percentile);
+		*nulls++ = isnan(percentile);
+	}
+	*values = HistogramToArray(histogram);
+}
+
+/*
+ * Exit callback of the postmaster: save the metrics when the server is shut
+ * down in an orderly way.
+ */
+static void
+dump(int code, Datum arg)
+{
+	FILE	   *file;
+
+	if (code != 0 || entries == NULL)
+		return;
+
+	file = AllocateFile(DUMP_FILE ".tmp", PG_BINARY_W);
+	if (file == NULL || !write_dump(file) || FreeFile(file) != 0)
+	{
+		ereport(LOG,
+				(errcode_for_file_access(),
+				 errmsg("could not write file \"%s\": %m", DUMP_FILE ".tmp")));
+		if (file != NULL)
+			unlink(DUMP_FILE ".tmp");
+		return;
+	}
+	(void) durable_rename(DUMP_FILE ".tmp", DUMP_FILE, LOG);
+}
+
+/*
+ * Read what was saved, and remove the file.
+ */
+static void
+load(void)
+{
+	FILE	   *file = AllocateFile(DUMP_FILE, PG_BINARY_R);
+
+	if (file == NULL)
+	{
+		if (errno != ENOENT)
+			ereport(LOG,
+					(errcode_for_file_access(),
+					 errmsg("could not read file \"%s\": %m", DUMP_FILE)));
+		return;
+	}
+
+	if (!read_dump(file))
+		ereport(LOG,
+				(errcode(ERRCODE_DATA_CORRUPTED),
+				 errmsg("ignoring invalid data in file \"%s\"", DUMP_FILE)));
+	FreeFile(file);
+	(void) durable_unlink(DUMP_FILE, LOG);
+}
+
+/*
+ * Write all entries.  Returns false if that failed, with errno set.
+ */
+static bool
+write_dump(FILE *file)
+{
+	uint32		magic = DUMP_MAGIC;
+	int32		count = (int32) hash_get_num_entries(entries);
+	HASH_SEQ_STATUS seq;
+	ActionMetrics *metrics;
+	DumpedMetrics dumped;
+
+	if (fwrite(&magic, sizeof(magic), 1, file) != 1 ||
+		fwrite(&state->since, sizeof(state->since), 1, file) != 1 ||
+		fwrite(&count, sizeof(count), 1, file) != 1)
+		return false;
+
+	hash_seq_init(&seq, entries);
+	while ((metrics = hash_seq_search(&seq)) != NULL)
+	{
+		dumped.key = metrics->key;
+		MetricsRead(metrics, dumped.values);
+		memcpy(dumped.flushed, metrics->flushed, sizeof(dumped.flushed));
+		if (fwrite(&dumped, sizeof(dumped), 1, file) != 1)
+		{
+			hash_seq_term(&seq);
+			return false;
+		}
+	}
+	return true;
+}
+
+/*
+ * Read all entries.  Returns false if the file is not one that we wrote.
+ *
+ * Entries that there is no room for any more are added to the other actions of
+ * their database.
+ */
+static bool
+read_dump(FILE *file)
+{
+	uint32		magic;
+	TimestampTz since;
+	int32		count;
+	DumpedMetrics dumped;
+
+	if (fread(&magic, sizeof(magic), 1, file) != 1 || magic != DUMP_MAGIC ||
+		fread(&since, sizeof(since), 1, file) != 1 ||
+		fread(&count, sizeof(count), 1, file) != 1)
+		return false;
+	state->since = since;
+
+	for (int i = 0; i < count; i++)
+	{
+		ActionMetrics *metrics;
+
+		if (fread(&dumped, sizeof(dumped), 1, file) != 1)
+			return false;
+
+		metrics = enter(&dumped.key);
+		if (metrics == NULL)
+		{
+			memset(dumped.key.action, 0, sizeof(dumped.key.action));
+			metrics = enter(&dumped.key);
+		}
+		for (int j = 0; metrics != NULL && j < METRIC_VALUES; j++)
+		{
+			pg_atomic_fetch_add_u64(&metrics->values[j], dumped.values[j]);
+			metrics->flushed[j] += dumped.flushed[j];
+		}
+	}
+	return true;
+}
