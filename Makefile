@@ -27,6 +27,7 @@ OBJS = \
 	src/metrics.o \
 	src/result.o \
 	src/run.o \
+	src/schedule.o \
 	src/scope.o \
 	src/status.o \
 	src/store.o \

@@ -316,6 +316,22 @@ LANGUAGE C;
 COMMENT ON PROCEDURE idempotency_sweep(int, interval, bigint) IS
 'delete expired records, in batches of a transaction each; returns how many';
 
+CREATE FUNCTION idempotency_schedule(
+    schedule text DEFAULT '* * * * *'
+) RETURNS bigint
+AS 'MODULE_PATHNAME'
+LANGUAGE C VOLATILE PARALLEL UNSAFE;
+
+COMMENT ON FUNCTION idempotency_schedule(text) IS
+'have pg_cron sweep this database; returns the id of its job';
+
+CREATE FUNCTION idempotency_unschedule() RETURNS boolean
+AS 'MODULE_PATHNAME'
+LANGUAGE C VOLATILE PARALLEL UNSAFE;
+
+COMMENT ON FUNCTION idempotency_unschedule() IS
+'drop the job of pg_cron that sweeps this database; returns whether there was one';
+
 CREATE FUNCTION idempotency_in_flight(
     OUT pid int,
     OUT tenant text,
@@ -646,6 +662,8 @@ REVOKE ALL ON FUNCTION idempotency_first_seen FROM PUBLIC;
 REVOKE ALL ON FUNCTION idempotency_request_hash FROM PUBLIC;
 REVOKE ALL ON FUNCTION idempotency_event_key FROM PUBLIC;
 REVOKE ALL ON PROCEDURE idempotency_sweep FROM PUBLIC;
+REVOKE ALL ON FUNCTION idempotency_schedule FROM PUBLIC;
+REVOKE ALL ON FUNCTION idempotency_unschedule FROM PUBLIC;
 REVOKE ALL ON FUNCTION idempotency_in_flight FROM PUBLIC;
 REVOKE ALL ON FUNCTION idempotency_tracking FROM PUBLIC;
 REVOKE ALL ON FUNCTION idempotency_histogram_add FROM PUBLIC;

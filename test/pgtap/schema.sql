@@ -71,6 +71,7 @@ SELECT set_eq(
           'idempotency_checkpoint', 'idempotency_run',
           'idempotency_first_seen', 'idempotency_request_hash',
           'idempotency_event_key', 'idempotency_sweep',
+          'idempotency_schedule', 'idempotency_unschedule',
           'idempotency_in_flight', 'idempotency_tracking'],
     'functions');
 SELECT is((SELECT count(*) FROM member_function),
@@ -264,6 +265,10 @@ SELECT set_eq(
       ('idempotency_sweep',
        'IN batch_size integer DEFAULT NULL::integer, IN max_duration interval DEFAULT NULL::interval, INOUT swept bigint DEFAULT NULL::bigint',
        'none', 'p', 'v', false, 'u'),
+      ('idempotency_schedule',
+       'schedule text DEFAULT ''* * * * *''::text',
+       'bigint', 'f', 'v', false, 'u'),
+      ('idempotency_unschedule', '', 'boolean', 'f', 'v', false, 'u'),
       ('idempotency_in_flight',
        'OUT pid integer, OUT tenant text, OUT actor text, OUT action text, OUT key text, OUT attempt integer, OUT started_at timestamp with time zone, OUT lease_expires_at timestamp with time zone',
        'SETOF record', 'f', 'v', false, 's'),

@@ -27,6 +27,12 @@ ROLLBACK TO s;
 SELECT idempotency_release('t', 'a', 'k2');
 \echo :SQLSTATE
 ROLLBACK TO s;
+SELECT idempotency_schedule();
+\echo :SQLSTATE
+ROLLBACK TO s;
+SELECT idempotency_unschedule();
+\echo :SQLSTATE
+ROLLBACK TO s;
 SELECT count(*) FROM idempotency_in_flight;
 SELECT capacity FROM idempotency_tracking();
 SELECT octet_length(idempotency_request_hash('{}'));

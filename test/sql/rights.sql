@@ -41,6 +41,8 @@ SELECT idempotency_first_seen('t', 'a', '{k}');
 SELECT idempotency_request_hash('{}');
 SELECT idempotency_event_key('a', 'b', 1);
 CALL idempotency_sweep();
+SELECT idempotency_schedule();
+SELECT idempotency_unschedule();
 SELECT * FROM idempotency_in_flight;
 SELECT * FROM idempotency_in_flight();
 SELECT * FROM idempotency_stalled;
