@@ -21,6 +21,7 @@
 #include "access/genam.h"
 #include "access/table.h"
 #include "access/tableam.h"
+#include "catalog/pg_database.h"
 #include "catalog/pg_extension.h"
 #include "commands/extension.h"
 #include "executor/executor.h"
@@ -30,6 +31,11 @@
 
 #if PG_VERSION_NUM >= 160000
 #include "varatt.h"				/* was part of postgres.h */
+#endif
+
+/* Minor versions learned to mark a database whose DROP did not come to its end */
+#ifndef DATCONNLIMIT_INVALID_DB
+#define DATCONNLIMIT_INVALID_DB	(-2)
 #endif
 
 #if PG_VERSION_NUM < 180000

@@ -10,11 +10,11 @@
  * Whether a database has the extension can only be seen from within.  So each
  * new one gets a worker, and where that finds none, the next one comes after
  * NO_EXTENSION_MS; or at once when somebody creates an extension anywhere,
- * which a hook tells us (that most of these are other extensions does not
- * matter: it costs a look).
+ * which a hook tells us.
  *
  * A worker that fails has said why in the log.  The next one for that database
- * comes later and later, and meanwhile the others have their turns.
+ * comes later and later, and meanwhile the others have their turns.  A worker
+ * that does not end does not keep them from it for long either.
  *
  * The postmaster starts the launcher when recovery is over, so that a standby
  * has none before it is promoted, and again after a crash.
@@ -23,6 +23,7 @@
  */
 #include "idempotency.h"
 
+#include "access/genam.h"
 #include "access/heapam.h"
 #include "access/htup_details.h"
 #include "access/tableam.h"
@@ -36,7 +37,9 @@
 #include "storage/ipc.h"
 #include "storage/lwlock.h"
 #include "storage/shmem.h"
+#include "store.h"
 #include "tcop/tcopprot.h"
+#include "utils/fmgroids.h"
 #include "utils/guc.h"
 #include "utils/memutils.h"
 #include "utils/snapmgr.h"
@@ -51,6 +54,8 @@
 #define MAX_SLEEP_MS		(60 * 60 * 1000)
 #define NO_SLOT_RETRY_MS	(10 * 1000)
 #define SOON_MS				1000
+#define STUCK_SECS			(WORKER_MAX_SECS + 20)
+#define TERMINATION_SECS	5
 
 /* What the launcher remembers of a database */
 typedef struct Database
@@ -68,14 +73,18 @@ static void startup_shmem(void);
 static void register_launcher(void);
 static void note_object(ObjectAccessType access, Oid classId, Oid objectId,
 						int subId, void *arg);
+static bool is_ours(Oid extension);
 static void at_end_of_xact(XactEvent event, void *arg);
 static void leave(int code, Datum arg);
+static void handle_signals(void);
 static void read_databases(void);
 static void note_database(Oid oid);
 static void forget_dropped(void);
 static void look_again(void);
 static long sweep_due(void);
 static bool start_worker(Oid database, BackgroundWorkerHandle **handle);
+static void wait_for_worker(Oid database, BackgroundWorkerHandle *handle);
+static bool ends_within(BackgroundWorkerHandle *handle, int secs);
 static Database *find_due(long *rest);
 static bool sweep_database(Database *database);
 static long get_rest(const Database *database);
@@ -88,7 +97,7 @@ static object_access_hook_type prev_object_access_hook = NULL;
 /* in shared memory, null unless the library is preloaded */
 WorkerState *worker_shared = NULL;
 
-/* whether this transaction creates an extension */
+/* whether this transaction creates our extension */
 static bool creates_extension = false;
 
 /* in the launcher: all databases, in TopMemoryContext */
@@ -127,6 +136,7 @@ idempotency_launcher_main(Datum arg)
 	pqsignal(SIGTERM, die);
 	pqsignal(SIGHUP, SignalHandlerForConfigReload);
 	BackgroundWorkerUnblockSignals();
+	WorkerSetSettings();
 	BackgroundWorkerInitializeConnection(NULL, NULL, 0);
 
 	worker_shared->launcher = MyLatch;
@@ -136,13 +146,7 @@ idempotency_launcher_main(Datum arg)
 	{
 		long		sleep_ms = MAX_SLEEP_MS;
 
-		CHECK_FOR_INTERRUPTS();
-		if (ConfigReloadPending)
-		{
-			ConfigReloadPending = false;
-			ProcessConfigFile(PGC_SIGHUP);
-		}
-
+		handle_signals();
 		if (idempotency_worker)
 		{
 			look_again();
@@ -186,7 +190,7 @@ startup_shmem(void)
 	{
 		worker_shared->launcher = NULL;
 		pg_atomic_init_u32(&worker_shared->created, 0);
-		pg_atomic_init_u32(&worker_shared->result, WORKER_FAILED);
+		pg_atomic_init_u64(&worker_shared->report, 0);
 	}
 	LWLockRelease(AddinShmemInitLock);
 }
@@ -208,7 +212,7 @@ register_launcher(void)
 }
 
 /*
- * object_access hook: note that an extension is being created.
+ * object_access hook: note that our extension is being created.
  */
 static void
 note_object(ObjectAccessType access, Oid classId, Oid objectId, int subId,
@@ -217,8 +221,38 @@ note_object(ObjectAccessType access, Oid classId, Oid objectId, int subId,
 	if (prev_object_access_hook)
 		prev_object_access_hook(access, classId, objectId, subId, arg);
 
-	if (access == OAT_POST_CREATE && classId == ExtensionRelationId)
+	if (access == OAT_POST_CREATE && classId == ExtensionRelationId &&
+		is_ours(objectId))
 		creates_extension = true;
+}
+
+/*
+ * Whether an extension that is just being created is ours.
+ *
+ * The command counter has not been incremented yet, so that no catalog
+ * snapshot shows its row.
+ */
+static bool
+is_ours(Oid extension)
+{
+	Relation	rel = table_open(ExtensionRelationId, AccessShareLock);
+	ScanKeyData key;
+	SysScanDesc scan;
+	HeapTuple	tuple;
+	bool		result;
+
+	ScanKeyInit(&key, Anum_pg_extension_oid, BTEqualStrategyNumber, F_OIDEQ,
+				ObjectIdGetDatum(extension));
+	scan = systable_beginscan(rel, ExtensionOidIndexId, true, SnapshotSelf,
+							  1, &key);
+	tuple = systable_getnext(scan);
+	result = HeapTupleIsValid(tuple) &&
+		strcmp(NameStr(((Form_pg_extension) GETSTRUCT(tuple))->extname),
+			   EXTENSION_NAME) == 0;
+	systable_endscan(scan);
+	table_close(rel, AccessShareLock);
+
+	return result;
 }
 
 /*
@@ -252,6 +286,27 @@ static void
 leave(int code, Datum arg)
 {
 	worker_shared->launcher = NULL;
+	pg_atomic_write_u64(&worker_shared->report, 0);
+}
+
+/*
+ * Do what signals ask for.
+ *
+ * The end of the server is no reason for a FATAL error in its log.  The exit
+ * code has us started again if it was somebody else who wanted us to end.
+ */
+static void
+handle_signals(void)
+{
+	if (ProcDiePending)
+		proc_exit(1);
+	CHECK_FOR_INTERRUPTS();
+
+	if (ConfigReloadPending)
+	{
+		ConfigReloadPending = false;
+		ProcessConfigFile(PGC_SIGHUP);
+	}
 }
 
 /*
@@ -338,7 +393,8 @@ forget_dropped(void)
 }
 
 /*
- * If extensions were created, look again where there was none of ours.
+ * If our extension was created somewhere, look again where there was none, or
+ * one that could not be swept.
  */
 static void
 look_again(void)
@@ -355,7 +411,8 @@ look_again(void)
 	{
 		Database   *database = lfirst(lc);
 
-		if (database->result == WORKER_NO_EXTENSION)
+		if (database->result == WORKER_NO_EXTENSION ||
+			database->result == WORKER_FAILED)
 			database->last = 0;
 	}
 }
@@ -413,16 +470,18 @@ static bool
 sweep_database(Database *database)
 {
 	BackgroundWorkerHandle *handle;
+	uint64		report;
 
 	database->busy = !WorkerMayUse(database->oid);
 	if (!database->busy)
 	{
 		if (!start_worker(database->oid, &handle))
 			return false;
-		(void) WaitForBackgroundWorkerShutdown(handle);
+		wait_for_worker(database->oid, handle);
 		pfree(handle);
 
-		database->result = pg_atomic_read_u32(&worker_shared->result);
+		report = pg_atomic_exchange_u64(&worker_shared->report, 0);
+		database->result = WorkerReportResult(report);
 		database->failures = (database->result == WORKER_FAILED) ?
 			database->failures + 1 : 0;
 	}
@@ -450,7 +509,8 @@ start_worker(Oid database, BackgroundWorkerHandle **handle)
 	};
 
 	/* unless the worker says otherwise */
-	pg_atomic_write_u32(&worker_shared->result, WORKER_FAILED);
+	pg_atomic_write_u64(&worker_shared->report,
+						WorkerReport(database, WORKER_FAILED));
 
 	if (RegisterDynamicBackgroundWorker(&worker, handle))
 	{
@@ -458,6 +518,7 @@ start_worker(Oid database, BackgroundWorkerHandle **handle)
 		return true;
 	}
 
+	pg_atomic_write_u64(&worker_shared->report, 0);
 	if (!out_of_slots)
 		ereport(WARNING,
 				(errcode(ERRCODE_CONFIGURATION_LIMIT_EXCEEDED),
@@ -466,6 +527,49 @@ start_worker(Oid database, BackgroundWorkerHandle **handle)
 				 errhint("You might need to increase \"max_worker_processes\".")));
 	out_of_slots = true;
 	return false;
+}
+
+/*
+ * Wait for a worker to end.  One that takes much too long is told to end, and
+ * if that does not help, left to itself: nobody else has to wait for it.
+ */
+static void
+wait_for_worker(Oid database, BackgroundWorkerHandle *handle)
+{
+	if (ends_within(handle, STUCK_SECS))
+		return;
+
+	ereport(LOG,
+			(errmsg("terminating idempotency worker for database with OID %u",
+					database),
+			 errdetail("It did not end within %d seconds.", STUCK_SECS)));
+	TerminateBackgroundWorker(handle);
+	(void) ends_within(handle, TERMINATION_SECS);
+}
+
+/*
+ * Wait for a worker to end, but not for ever.
+ */
+static bool
+ends_within(BackgroundWorkerHandle *handle, int secs)
+{
+	TimestampTz until = GetCurrentTimestamp() + secs * USECS_PER_SEC;
+	pid_t		pid;
+
+	while (GetBackgroundWorkerPid(handle, &pid) != BGWH_STOPPED)
+	{
+		long		rest = TimestampDifferenceMilliseconds(GetCurrentTimestamp(),
+														   until);
+
+		if (rest <= 0)
+			return false;
+		(void) WaitLatch(MyLatch, WL_LATCH_SET | WL_TIMEOUT | WL_EXIT_ON_PM_DEATH,
+						 rest, WAIT_EVENT_BGWORKER_SHUTDOWN);
+		ResetLatch(MyLatch);
+		handle_signals();
+	}
+
+	return true;
 }
 
 /*

@@ -61,7 +61,6 @@
 #include "utils/syscache.h"
 #include "utils/timestamp.h"
 
-#define EXTENSION_NAME	"idempotency"
 #define TABLE_NAME		"idempotency_key"
 #define STATE_TYPE		"idempotency_state"
 #define RESULT_TYPE		"idempotency_result"
@@ -151,6 +150,19 @@ void
 StoreInit(void)
 {
 	CacheRegisterRelcacheCallback(forget_catalog, (Datum) 0);
+}
+
+/*
+ * The table of this database.
+ *
+ * Errors: 42704 without the extension, 42P01 without its table.
+ */
+Oid
+StoreTable(void)
+{
+	Oid			schema;
+
+	return find_table(&schema);
 }
 
 /*

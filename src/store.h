@@ -16,6 +16,8 @@
 #include "scope.h"
 #include "utils/relcache.h"
 
+#define EXTENSION_NAME	"idempotency"
+
 /* Columns of idempotency_key */
 #define Anum_idempotency_key_tenant				1
 #define Anum_idempotency_key_action				2
@@ -96,6 +98,7 @@ typedef struct Store
 } Store;
 
 extern void StoreInit(void);
+extern Oid	StoreTable(void);
 extern void StoreOpen(Store *store, LOCKMODE lockmode);
 extern void StoreClose(Store *store);
 extern RecordLife StoreFind(Store *store, const Scope *scope, TimestampTz now,

@@ -11,8 +11,13 @@
  * a batch either, because each batch is a transaction.
  *
  * The extension may be dropped or replaced at any time.  A batch locks it, as
- * an object, before it looks for its table, in the order in which DROP
- * EXTENSION takes its locks, so that the two cannot deadlock.
+ * an object, before it looks for its table, and then that.  Where either is
+ * locked by somebody else the worker does not wait but leaves, and is soon
+ * back, so that it can have no part in a deadlock.
+ *
+ * A worker has the rights of a superuser, and the table may belong to somebody
+ * who has not.  So that nothing that its owner attached to it runs with more
+ * rights than the owner's own, a batch runs as that role, as VACUUM does.
  *
  *-------------------------------------------------------------------------
  */
@@ -20,6 +25,7 @@
 
 #include "access/xact.h"
 #include "catalog/pg_database.h"
+#include "commands/dbcommands.h"
 #include "miscadmin.h"
 #include "pgstat.h"
 #include "postmaster/bgworker.h"
@@ -27,19 +33,25 @@
 #include "storage/ipc.h"
 #include "storage/lmgr.h"
 #include "storage/lock.h"
+#include "store.h"
 #include "sweep.h"
 #include "tcop/tcopprot.h"
 #include "utils/guc.h"
+#include "utils/memutils.h"
+#include "utils/rel.h"
 #include "utils/snapmgr.h"
 #include "utils/timestamp.h"
 #include "worker.h"
 
-/* A worker gives way to the next database after this long */
-#define MAX_DURATION_SECS	10
+/* Shorter than the default of deadlock_timeout: it is us who give way */
+#define LOCK_TIMEOUT	"500ms"
 
-static void set_settings(void);
+static bool may_go_on(const Sweep *sweep);
 static bool sweep_batch(Sweep *sweep, WorkerResult *result);
-static bool lock_extension(void);
+static bool lock_table(Oid extension, Oid *table);
+static bool sweep_as_owner(Sweep *sweep, Oid table);
+static char *get_name_of_database(void);
+static void add_context(void *arg);
 
 /*
  * Entry point of a worker; arg is the OID of its database.
@@ -47,34 +59,63 @@ static bool lock_extension(void);
 void
 idempotency_worker_main(Datum arg)
 {
+	ErrorContextCallback context = {.callback = add_context};
 	Sweep		sweep;
-	WorkerResult result = WORKER_DONE;
-	bool		more = true;
+	WorkerResult result = WORKER_INTERRUPTED;
+	uint64		report;
 
 	pqsignal(SIGTERM, die);
 	pqsignal(SIGHUP, SignalHandlerForConfigReload);
 	BackgroundWorkerUnblockSignals();
 
 	/* before we connect, which may have to wait for a lock on the database */
-	set_settings();
+	WorkerSetSettings();
+	SetConfigOption("lock_timeout", LOCK_TIMEOUT, PGC_SUSET, PGC_S_OVERRIDE);
 	BackgroundWorkerInitializeConnectionByOid(DatumGetObjectId(arg), InvalidOid, 0);
 
-	SweepStart(&sweep, idempotency_sweep_batch_size,
-			   MAX_DURATION_SECS * USECS_PER_SEC);
-	while (more)
-	{
-		CHECK_FOR_INTERRUPTS();
-		if (ConfigReloadPending || !WorkerMayUse(MyDatabaseId) ||
-			GetCurrentTimestamp() >= sweep.deadline)
-		{
-			result = WORKER_INTERRUPTED;
-			break;
-		}
-		more = sweep_batch(&sweep, &result);
-	}
+	context.arg = get_name_of_database();
+	context.previous = error_context_stack;
+	error_context_stack = &context;
 
-	pg_atomic_write_u32(&worker_shared->result, result);
+	SweepStart(&sweep, idempotency_sweep_batch_size,
+			   WORKER_MAX_SECS * USECS_PER_SEC);
+	while (may_go_on(&sweep) && sweep_batch(&sweep, &result))
+		;
+
+	/* unless the launcher has given us up and started another one */
+	report = WorkerReport(MyDatabaseId, WORKER_FAILED);
+	(void) pg_atomic_compare_exchange_u64(&worker_shared->report, &report,
+										  WorkerReport(MyDatabaseId, result));
 	proc_exit(0);
+}
+
+/*
+ * Make sure that no setting of the database or of the server changes what we
+ * do.
+ */
+void
+WorkerSetSettings(void)
+{
+	static const char *const settings[][2] = {
+		{"search_path", "pg_catalog, pg_temp"},
+		{"default_transaction_isolation", "read committed"},
+		{"default_transaction_read_only", "off"},
+		{"synchronous_commit", "off"},
+		{"statement_timeout", "0"},
+		{"transaction_timeout", "0"},
+		{"lock_timeout", "0"},
+		{"idempotency.tenant", ""},
+	};
+
+	for (size_t i = 0; i < lengthof(settings); i++)
+	{
+		/* older servers do not have all of them */
+		if (GetConfigOption(settings[i][0], true, false) != NULL)
+			SetConfigOption(settings[i][0], settings[i][1], PGC_SUSET,
+							PGC_S_OVERRIDE);
+	}
+	SetConfigOption("application_name", MyBgworkerEntry->bgw_name, PGC_SUSET,
+					PGC_S_OVERRIDE);
 }
 
 /*
@@ -101,35 +142,29 @@ WorkerMayUse(Oid database)
 }
 
 /*
- * Make sure that no setting of the database or of the server changes what a
- * sweep does.
+ * Whether there may be another batch.
+ *
+ * Who wants us to end gets that here without an error in the log.
  */
-static void
-set_settings(void)
+static bool
+may_go_on(const Sweep *sweep)
 {
-	static const char *const settings[][2] = {
-		{"application_name", "idempotency worker"},
-		{"search_path", "pg_catalog, pg_temp"},
-		{"default_transaction_isolation", "read committed"},
-		{"default_transaction_read_only", "off"},
-		{"synchronous_commit", "off"},
-		{"statement_timeout", "0"},
-		{"lock_timeout", "500ms"},	/* sooner than a deadlock is looked for */
-		{"idempotency.tenant", ""},
-	};
+	if (ProcDiePending || ConfigReloadPending)
+		return false;
+	CHECK_FOR_INTERRUPTS();
 
-	for (size_t i = 0; i < lengthof(settings); i++)
-		SetConfigOption(settings[i][0], settings[i][1], PGC_SUSET,
-						PGC_S_OVERRIDE);
+	return WorkerMayUse(MyDatabaseId) && GetCurrentTimestamp() < sweep->deadline;
 }
 
 /*
  * Sweep one batch in a transaction of its own.  Returns whether there may be
- * more to sweep.
+ * more to sweep that can be had now; *result is how things stand.
  */
 static bool
 sweep_batch(Sweep *sweep, WorkerResult *result)
 {
+	Oid			extension;
+	Oid			table;
 	bool		more = false;
 
 	SetCurrentStatementStartTimestamp();
@@ -137,10 +172,16 @@ sweep_batch(Sweep *sweep, WorkerResult *result)
 	PushActiveSnapshot(GetTransactionSnapshot());
 	pgstat_report_activity(STATE_RUNNING, "idempotency sweep");
 
-	if (lock_extension())
-		more = SweepBatch(sweep);
-	else
+	extension = get_extension_oid(EXTENSION_NAME, true);
+	if (!OidIsValid(extension))
 		*result = WORKER_NO_EXTENSION;
+	else if (!lock_table(extension, &table))
+		*result = WORKER_INTERRUPTED;
+	else
+	{
+		more = sweep_as_owner(sweep, table);
+		*result = more ? WORKER_INTERRUPTED : WORKER_DONE;
+	}
 
 	PopActiveSnapshot();
 	CommitTransactionCommand();
@@ -151,20 +192,64 @@ sweep_batch(Sweep *sweep, WorkerResult *result)
 }
 
 /*
- * Lock the extension against being dropped, if there is one.
+ * Lock the extension against being dropped, and its table, if nobody has them
+ * locked, and they are what they were before.
  */
 static bool
-lock_extension(void)
+lock_table(Oid extension, Oid *table)
 {
-	for (;;)
-	{
-		Oid			extension = get_extension_oid("idempotency", true);
+	if (!ConditionalLockDatabaseObject(ExtensionRelationId, extension, 0,
+									   AccessShareLock) ||
+		get_extension_oid(EXTENSION_NAME, true) != extension)
+		return false;
 
-		if (!OidIsValid(extension))
-			return false;
+	*table = StoreTable();
+	return ConditionalLockRelationOid(*table, RowExclusiveLock) &&
+		StoreTable() == *table;
+}
 
-		LockDatabaseObject(ExtensionRelationId, extension, 0, AccessShareLock);
-		if (get_extension_oid("idempotency", true) == extension)
-			return true;
-	}
+/*
+ * Sweep one batch with the rights of the owner of the table, who cannot make
+ * settings or a role outlast it.
+ */
+static bool
+sweep_as_owner(Sweep *sweep, Oid table)
+{
+	Relation	rel = table_open(table, NoLock);
+	Oid			owner = rel->rd_rel->relowner;
+	Oid			user;
+	int			sec_context;
+	int			nest_level = NewGUCNestLevel();
+	bool		more;
+
+	table_close(rel, NoLock);
+
+	GetUserIdAndSecContext(&user, &sec_context);
+	SetUserIdAndSecContext(owner, sec_context | SECURITY_RESTRICTED_OPERATION);
+	more = SweepBatch(sweep);
+	AtEOXact_GUC(false, nest_level);
+	SetUserIdAndSecContext(user, sec_context);
+
+	return more;
+}
+
+static char *
+get_name_of_database(void)
+{
+	char	   *name;
+
+	StartTransactionCommand();
+	name = MemoryContextStrdup(TopMemoryContext, get_database_name(MyDatabaseId));
+	CommitTransactionCommand();
+
+	return name;
+}
+
+/*
+ * Error context callback: the log need not tell for which database we are.
+ */
+static void
+add_context(void *arg)
+{
+	errcontext("sweep of database \"%s\"", (char *) arg);
 }

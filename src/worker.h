@@ -18,7 +18,7 @@ typedef enum WorkerResult
 {
 	WORKER_FAILED,				/* by an error, which is in the log */
 	WORKER_NO_EXTENSION,
-	WORKER_INTERRUPTED,			/* somebody needs the database, or time is up */
+	WORKER_INTERRUPTED,			/* somebody needs what it works on, or time is up */
 	WORKER_DONE
 } WorkerResult;
 
@@ -27,8 +27,20 @@ typedef struct WorkerState
 {
 	Latch	   *launcher;		/* to wake it; null while it does not run */
 	pg_atomic_uint32 created;	/* extensions created since the server started */
-	pg_atomic_uint32 result;	/* of the worker that ran last, a WorkerResult */
+	pg_atomic_uint64 report;	/* of the worker under way, see WorkerReport() */
 } WorkerState;
+
+/*
+ * The report of a worker: for which database it was started, and how it ended.
+ * Before it has ended that is WORKER_FAILED; while there is none, all is zero.
+ */
+#define WorkerReport(database, result) \
+	((uint64) (database) << 32 | (uint64) (result))
+#define WorkerReportDatabase(report)	((Oid) ((report) >> 32))
+#define WorkerReportResult(report)		((WorkerResult) (uint32) (report))
+
+/* A worker gives way to the next database after this long */
+#define WORKER_MAX_SECS		10
 
 /* launcher.c */
 extern WorkerState *worker_shared;
@@ -37,6 +49,7 @@ extern void LauncherInit(void);
 extern PGDLLEXPORT void idempotency_launcher_main(Datum arg);
 
 /* worker.c */
+extern void WorkerSetSettings(void);
 extern bool WorkerMayUse(Oid database);
 extern PGDLLEXPORT void idempotency_worker_main(Datum arg);
 

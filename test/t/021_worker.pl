@@ -135,6 +135,11 @@ sub comes_to_rest
 	return 0;
 }
 
+# A table that cannot be swept
+my $fail_sql = q{
+	CREATE OR REPLACE FUNCTION nothing() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN old; END';
+	CREATE TRIGGER nothing BEFORE DELETE ON idempotency_key EXECUTE FUNCTION nothing();};
+
 # Databases with the extension, and one without
 on('postgres', 'CREATE EXTENSION idempotency');
 on('postgres', "CREATE DATABASE $_") foreach 'one', 'two', 'plain', 'large';
@@ -182,8 +187,12 @@ let_sweep();
 my %seen = map { $_ => count_transactions($_) } 'never', 'closed';
 let_sweep();
 is(count_transactions('never'), $seen{never}, 'and then no more');
+on('late', 'DROP EXTENSION plpgsql; CREATE EXTENSION plpgsql');
+let_sweep();
+is(count_transactions('never'),
+	$seen{never}, 'also when another extension is created');
 
-# When an extension is created anywhere, one looks again, but not where nobody
+# When ours is created anywhere, one looks again, but not where nobody
 # can connect
 on('late', 'CREATE EXTENSION idempotency; ' . fill_sql(100));
 is_swept('late', 'a database that gets the extension later is swept');
@@ -208,11 +217,16 @@ ok(wait_for_worker('closed', $seen{closed}),
 on('postgres', 'DROP DATABASE copied');
 
 # CREATE EXTENSION makes a database known at once, and not after the interval,
-# also while the launcher waits for a worker
+# also while the launcher waits for a worker, or when the last one failed
+on('two', $fail_sql . fill_sql(1));
+$node->wait_for_log(qr/ERROR:  table "idempotency_key" must not have triggers/);
 set_conf('idempotency.sweep_interval', "'1h'");
 ok(comes_to_rest('postgres'), 'a longer interval takes effect by reload');
 on('plain', 'BEGIN; CREATE EXTENSION idempotency; ' . fill_sql(100) . ' COMMIT');
 is_swept('plain', 'CREATE EXTENSION makes a database known');
+on('two', 'DROP EXTENSION idempotency');
+on('two', 'CREATE EXTENSION idempotency; ' . fill_sql(100));
+is_swept('two', 'and where the one before could not be swept');
 on('late', 'DROP EXTENSION idempotency');
 set_conf('idempotency.sweep_batch_size', 1);
 on('postgres', 'CREATE DATABASE busy TEMPLATE large');
@@ -264,8 +278,19 @@ foreach my $batch_size (1, 10)
 }
 cmp_ok($unfinished, '>', 0, 'sweeps were not over by then');
 
-# So does what needs the table or the extension
+# So does what needs the table or the extension, which may take its time
 on('postgres', 'CREATE DATABASE busy TEMPLATE large');
+my $offset = -s $node->logfile;
+$session = session($node, 'busy');
+$session->query_safe('BEGIN; TRUNCATE idempotency_key');
+let_sweep();
+$session->query_safe('DROP EXTENSION idempotency');
+let_sweep();
+$session->query_safe('ROLLBACK');
+unlike(substr(slurp_file($node->logfile), $offset),
+	qr/ERROR/, 'nobody waits, or fails, where a table is locked');
+$session->quit;
+is_swept('busy', 'it is swept when it can be had');
 foreach my $command (
 	'VACUUM FULL idempotency_key',
 	'REINDEX TABLE idempotency_key',
@@ -290,22 +315,25 @@ set_conf('idempotency.sweep_batch_size', 1000);
 # A database that cannot be swept does not keep the others from it.  Workers
 # come later and later; the least time between them is known, so a slow machine
 # makes no difference.
-on(
-	'two', q{
-	CREATE FUNCTION nothing() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN old; END';
-	CREATE TRIGGER nothing BEFORE DELETE ON idempotency_key EXECUTE FUNCTION nothing();}
-	  . fill_sql(100));
+$offset = -s $node->logfile;
+on('two', $fail_sql . fill_sql(100));
 my $failure =
   qr/^(\S+) (\d+):(\d+):(\d+\.\d+) \S+ \[\d+\] idempotency worker +ERROR:  table "idempotency_key" must not have triggers/m;
 for (1 .. 10 * $PostgreSQL::Test::Utils::timeout_default)
 {
-	last if (() = slurp_file($node->logfile) =~ /$failure/g) >= 5 * 4;
+	last
+	  if (() = substr(slurp_file($node->logfile), $offset) =~ /$failure/g) >=
+	  5 * 4;
 	select(undef, undef, undef, 0.1);
 }
 my @times;
-my $text = slurp_file($node->logfile);
+my $text = substr(slurp_file($node->logfile), $offset);
 push @times, ($2 * 60 + $3) * 60 + $4 while $text =~ /$failure/g;
 cmp_ok(scalar(@times), '>=', 5, 'a database that fails says so');
+like(
+	$text,
+	qr/idempotency worker +CONTEXT:  sweep of database "two"$/m,
+	'and which one it is');
 foreach my $n (1 .. 4)
 {
 	my $gap = $times[$n] - $times[ $n - 1 ];
@@ -319,7 +347,6 @@ on('two', 'DROP TRIGGER nothing ON idempotency_key');
 is_swept('two', 'it is swept when the cause is gone');
 
 # Processes end
-my $offset;
 set_conf('idempotency.sweep_batch_size', 1);
 foreach my $signal ('TERM', 'KILL')
 {
@@ -332,11 +359,15 @@ foreach my $signal ('TERM', 'KILL')
 		  pid_of($type, $type eq 'idempotency worker' ? 'busy' : undef);
 		like($pid, qr/^\d+$/, "there is an $type");
 		kill $signal, $pid;
-		$node->wait_for_log(
-			$signal eq 'TERM'
-			? qr/FATAL:  terminating background worker "$type" due to administrator command/
-			: qr/all server processes terminated/, $offset);
-		$node->poll_query_until('postgres', 'SELECT true');
+		if ($signal eq 'TERM')
+		{
+			wait_for_end_of($node, $pid);
+		}
+		else
+		{
+			$node->wait_for_log(qr/all server processes terminated/, $offset);
+			$node->poll_query_until('postgres', 'SELECT true');
+		}
 		is_swept('busy', "$type gets $signal: sweeping goes on");
 		ok( $node->poll_query_until(
 				'postgres',
@@ -346,6 +377,51 @@ foreach my $signal ('TERM', 'KILL')
 		  if $type eq 'idempotency launcher';
 		on('postgres', 'DROP DATABASE busy');
 	}
+}
+
+# A worker that does not end, whatever it is told, does not stop the others.  It
+# is stopped while it waits for a lock, when it is in nobody's way.
+$offset = -s $node->logfile;
+on('postgres', 'CREATE DATABASE busy TEMPLATE large');
+$session = session($node, 'busy');
+$session->query_safe(
+	'BEGIN; ALTER INDEX idempotency_key_expires_at_idx SET TABLESPACE elsewhere');
+my $stuck;
+for (1 .. 10 * $PostgreSQL::Test::Utils::timeout_default)
+{
+	$stuck = on('postgres',
+		"SELECT pid FROM pg_stat_activity WHERE datname = 'busy'"
+		  . " AND backend_type = 'idempotency worker' AND wait_event_type = 'Lock'"
+	);
+	last if $stuck ne '' and kill 'STOP', $stuck;
+	select(undef, undef, undef, 0.05);
+}
+$session->query_safe('ROLLBACK');
+$session->quit;
+on('postgres', fill_sql(100));
+is_swept('postgres', 'a worker is stuck: other databases are swept');
+kill 'CONT', $stuck;
+wait_for_end_of($node, $stuck);
+like(
+	substr(slurp_file($node->logfile), $offset),
+	qr/LOG:  terminating idempotency worker for database with OID \d+\n.*DETAIL:  It did not end within 30 seconds\.\n/,
+	'and the log says so');
+is_swept('busy', 'then its own, too');
+on('postgres', 'DROP DATABASE busy');
+
+# The time that a transaction may take is for others
+SKIP:
+{
+	skip 'there is no transaction_timeout', 1 if $node->pg_version < 17;
+
+	local $ENV{PGOPTIONS} = '-c transaction_timeout=0';
+	set_conf('idempotency.sweep_batch_size', 1_000_000);
+	set_conf('transaction_timeout', 1);
+	on('postgres', 'CREATE DATABASE busy TEMPLATE large');
+	is_swept('busy', 'a batch may take longer than transaction_timeout');
+	on('postgres', 'DROP DATABASE busy');
+	set_conf('transaction_timeout', 0);
+	set_conf('idempotency.sweep_batch_size', 1);
 }
 
 # A stop in the middle of a sweep is a clean one
