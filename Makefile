@@ -33,7 +33,8 @@ OBJS = \
 	src/store.o \
 	src/sweep.o \
 	src/wake.o \
-	src/worker.o
+	src/worker.o \
+	src/worker_status.o
 
 PG_CFLAGS = -Wall -Wextra -Wno-unused-parameter
 

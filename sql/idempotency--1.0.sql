@@ -423,6 +423,22 @@ LANGUAGE C VOLATILE PARALLEL SAFE;
 COMMENT ON FUNCTION idempotency_tracking() IS
 'room for claims in shared memory, how much is used, and how many claims found none; nulls unless the library is preloaded';
 
+CREATE FUNCTION idempotency_worker_status(
+    OUT state text,
+    OUT last_sweep_at timestamptz,
+    OUT swept bigint,
+    OUT duration interval,
+    OUT behind boolean,
+    OUT last_error text,
+    OUT last_error_at timestamptz,
+    OUT failures int
+)
+AS 'MODULE_PATHNAME'
+LANGUAGE C VOLATILE PARALLEL SAFE;
+
+COMMENT ON FUNCTION idempotency_worker_status() IS
+'what sweeps this database in the background, what the last sweep did, and why the last worker that failed did';
+
 --
 -- Metrics
 --
@@ -666,6 +682,7 @@ REVOKE ALL ON FUNCTION idempotency_schedule FROM PUBLIC;
 REVOKE ALL ON FUNCTION idempotency_unschedule FROM PUBLIC;
 REVOKE ALL ON FUNCTION idempotency_in_flight FROM PUBLIC;
 REVOKE ALL ON FUNCTION idempotency_tracking FROM PUBLIC;
+REVOKE ALL ON FUNCTION idempotency_worker_status FROM PUBLIC;
 REVOKE ALL ON FUNCTION idempotency_histogram_add FROM PUBLIC;
 REVOKE ALL ON FUNCTION idempotency_histogram_sum FROM PUBLIC;
 REVOKE ALL ON FUNCTION idempotency_percentile FROM PUBLIC;
@@ -679,6 +696,7 @@ GRANT SELECT ON idempotency_metric TO pg_monitor;
 GRANT SELECT ON idempotency_replay_ratio TO pg_monitor;
 GRANT EXECUTE ON FUNCTION idempotency_in_flight TO pg_monitor;
 GRANT EXECUTE ON FUNCTION idempotency_tracking TO pg_monitor;
+GRANT EXECUTE ON FUNCTION idempotency_worker_status TO pg_monitor;
 GRANT EXECUTE ON FUNCTION idempotency_histogram_add TO pg_monitor;
 GRANT EXECUTE ON FUNCTION idempotency_histogram_sum TO pg_monitor;
 GRANT EXECUTE ON FUNCTION idempotency_percentile TO pg_monitor;

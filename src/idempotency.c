@@ -29,6 +29,7 @@
 #include "utils/guc.h"
 #include "wake.h"
 #include "worker.h"
+#include "worker_status.h"
 
 PG_MODULE_MAGIC;
 
@@ -94,6 +95,7 @@ _PG_init(void)
 	EventInit();
 	WakeInit();
 	LauncherInit();
+	WorkerStatusInit();
 	InFlightInit();
 	MetricsInit();
 	FlushInit();

@@ -46,6 +46,7 @@
 #include "utils/timestamp.h"
 #include "utils/wait_event.h"
 #include "worker.h"
+#include "worker_status.h"
 
 #define LIBRARY_NAME		"idempotency"
 #define RESTART_SECS		5
@@ -79,7 +80,7 @@ static void leave(int code, Datum arg);
 static void handle_signals(void);
 static void read_databases(void);
 static void note_database(Oid oid);
-static void forget_dropped(void);
+static void forget_dropped(List *dropped);
 static void look_again(void);
 static long sweep_due(void);
 static bool start_worker(Oid database, BackgroundWorkerHandle **handle);
@@ -102,9 +103,6 @@ static bool creates_extension = false;
 
 /* in the launcher: all databases, in TopMemoryContext */
 static List *databases = NIL;
-
-/* in the launcher: whether the last worker could not be started */
-static bool out_of_slots = false;
 
 /*
  * Register the launcher, and what it needs, while the server starts.
@@ -140,6 +138,7 @@ idempotency_launcher_main(Datum arg)
 	BackgroundWorkerInitializeConnection(NULL, NULL, 0);
 
 	worker_shared->launcher = MyLatch;
+	worker_shared->out_of_slots = false;
 	before_shmem_exit(leave, (Datum) 0);
 
 	for (;;)
@@ -147,12 +146,10 @@ idempotency_launcher_main(Datum arg)
 		long		sleep_ms = MAX_SLEEP_MS;
 
 		handle_signals();
+		look_again();
+		read_databases();
 		if (idempotency_worker)
-		{
-			look_again();
-			read_databases();
 			sleep_ms = sweep_due();
-		}
 
 		(void) WaitLatch(MyLatch, WL_LATCH_SET | WL_TIMEOUT | WL_EXIT_ON_PM_DEATH,
 						 sleep_ms, PG_WAIT_EXTENSION);
@@ -189,6 +186,7 @@ startup_shmem(void)
 	if (!found)
 	{
 		worker_shared->launcher = NULL;
+		worker_shared->out_of_slots = false;
 		pg_atomic_init_u32(&worker_shared->created, 0);
 		pg_atomic_init_u64(&worker_shared->report, 0);
 	}
@@ -310,7 +308,8 @@ handle_signals(void)
 }
 
 /*
- * Bring what we remember up to date with pg_database.
+ * Bring what we remember up to date with pg_database, and what others keep by
+ * database in shared memory.
  *
  * Databases that nobody can connect to, and templates, are left alone.
  */
@@ -321,27 +320,34 @@ read_databases(void)
 	Relation	rel;
 	TableScanDesc scan;
 	HeapTuple	tuple;
+	List	   *kept;
+	List	   *existing = NIL;
 
 	foreach(lc, databases)
 		((Database *) lfirst(lc))->exists = false;
 
 	StartTransactionCommand();
 	(void) GetTransactionSnapshot();
+
+	/* before we look which databases exist: meanwhile, one may be created */
+	kept = WorkerStatusDatabases();
+
 	rel = table_open(DatabaseRelationId, AccessShareLock);
 	scan = table_beginscan_catalog(rel, 0, NULL);
 	while ((tuple = heap_getnext(scan, ForwardScanDirection)) != NULL)
 	{
 		Form_pg_database form = (Form_pg_database) GETSTRUCT(tuple);
 
+		existing = lappend_oid(existing, form->oid);
 		if (form->datallowconn && !form->datistemplate &&
 			form->datconnlimit != DATCONNLIMIT_INVALID_DB)
 			note_database(form->oid);
 	}
 	table_endscan(scan);
 	table_close(rel, AccessShareLock);
-	CommitTransactionCommand();
 
-	forget_dropped();
+	forget_dropped(list_difference_oid(kept, existing));
+	CommitTransactionCommand();
 }
 
 /*
@@ -373,12 +379,15 @@ note_database(Oid oid)
 }
 
 /*
- * Forget the databases that were not noted.
+ * Forget the databases that were not noted, and have others forget theirs.
  */
 static void
-forget_dropped(void)
+forget_dropped(List *dropped)
 {
 	ListCell   *lc;
+
+	foreach(lc, dropped)
+		WorkerStatusForget(lfirst_oid(lc));
 
 	foreach(lc, databases)
 	{
@@ -514,18 +523,18 @@ start_worker(Oid database, BackgroundWorkerHandle **handle)
 
 	if (RegisterDynamicBackgroundWorker(&worker, handle))
 	{
-		out_of_slots = false;
+		worker_shared->out_of_slots = false;
 		return true;
 	}
 
 	pg_atomic_write_u64(&worker_shared->report, 0);
-	if (!out_of_slots)
+	if (!worker_shared->out_of_slots)
 		ereport(WARNING,
 				(errcode(ERRCODE_CONFIGURATION_LIMIT_EXCEEDED),
 				 errmsg("out of background worker slots"),
 				 errdetail("Expired idempotency records are not swept until there is one."),
 				 errhint("You might need to increase \"max_worker_processes\".")));
-	out_of_slots = true;
+	worker_shared->out_of_slots = true;
 	return false;
 }
 

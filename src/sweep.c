@@ -40,6 +40,7 @@
 #include "utils/guc.h"
 #include "utils/memutils.h"
 #include "utils/timestamp.h"
+#include "worker_status.h"
 
 #define MAX_BATCH_SIZE	1000000
 
@@ -99,6 +100,7 @@ idempotency_sweep(PG_FUNCTION_ARGS)
 		SPI_commit();
 	}
 	SPI_finish();
+	WorkerStatusSwept(&sweep, more);
 
 	return make_swept(fcinfo, sweep.swept);
 }

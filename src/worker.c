@@ -42,10 +42,12 @@
 #include "utils/snapmgr.h"
 #include "utils/timestamp.h"
 #include "worker.h"
+#include "worker_status.h"
 
 /* Shorter than the default of deadlock_timeout: it is us who give way */
 #define LOCK_TIMEOUT	"500ms"
 
+static WorkerResult sweep_database(void);
 static bool may_go_on(const Sweep *sweep);
 static bool sweep_batch(Sweep *sweep, WorkerResult *result);
 static bool lock_table(Oid extension, Oid *table);
@@ -60,8 +62,7 @@ void
 idempotency_worker_main(Datum arg)
 {
 	ErrorContextCallback context = {.callback = add_context};
-	Sweep		sweep;
-	WorkerResult result = WORKER_INTERRUPTED;
+	WorkerResult result;
 	uint64		report;
 
 	pqsignal(SIGTERM, die);
@@ -77,10 +78,17 @@ idempotency_worker_main(Datum arg)
 	context.previous = error_context_stack;
 	error_context_stack = &context;
 
-	SweepStart(&sweep, idempotency_sweep_batch_size,
-			   WORKER_MAX_SECS * USECS_PER_SEC);
-	while (may_go_on(&sweep) && sweep_batch(&sweep, &result))
-		;
+	PG_TRY();
+	{
+		result = sweep_database();
+	}
+	PG_CATCH();
+	{
+		MemoryContextSwitchTo(TopMemoryContext);
+		WorkerStatusFailed(CopyErrorData()->message);
+		PG_RE_THROW();
+	}
+	PG_END_TRY();
 
 	/* unless the launcher has given us up and started another one */
 	report = WorkerReport(MyDatabaseId, WORKER_FAILED);
@@ -139,6 +147,28 @@ WorkerMayUse(Oid database)
 	CommitTransactionCommand();
 
 	return free;
+}
+
+/*
+ * Sweep the database, and note what became of it.
+ */
+static WorkerResult
+sweep_database(void)
+{
+	Sweep		sweep;
+	WorkerResult result = WORKER_INTERRUPTED;
+
+	SweepStart(&sweep, idempotency_sweep_batch_size,
+			   WORKER_MAX_SECS * USECS_PER_SEC);
+	while (may_go_on(&sweep) && sweep_batch(&sweep, &result))
+		;
+
+	if (result == WORKER_NO_EXTENSION)
+		WorkerStatusForget(MyDatabaseId);
+	else
+		WorkerStatusSwept(&sweep, result == WORKER_INTERRUPTED);
+
+	return result;
 }
 
 /*

@@ -72,7 +72,8 @@ SELECT set_eq(
           'idempotency_first_seen', 'idempotency_request_hash',
           'idempotency_event_key', 'idempotency_sweep',
           'idempotency_schedule', 'idempotency_unschedule',
-          'idempotency_in_flight', 'idempotency_tracking'],
+          'idempotency_in_flight', 'idempotency_tracking',
+          'idempotency_worker_status'],
     'functions');
 SELECT is((SELECT count(*) FROM member_function),
           (SELECT count(DISTINCT proname) FROM member_function),
@@ -274,6 +275,9 @@ SELECT set_eq(
        'SETOF record', 'f', 'v', false, 's'),
       ('idempotency_tracking',
        'OUT capacity integer, OUT used integer, OUT untracked bigint',
+       'record', 'f', 'v', false, 's'),
+      ('idempotency_worker_status',
+       'OUT state text, OUT last_sweep_at timestamp with time zone, OUT swept bigint, OUT duration interval, OUT behind boolean, OUT last_error text, OUT last_error_at timestamp with time zone, OUT failures integer',
        'record', 'f', 'v', false, 's')$$,
     'arguments, results, volatility, strictness and parallel safety');
 SELECT is_empty(
@@ -301,7 +305,8 @@ SELECT set_eq(
     $$VALUES ('relation idempotency_in_flight', 'pg_monitor', 'SELECT', false),
              ('relation idempotency_stalled', 'pg_monitor', 'SELECT', false),
              ('function idempotency_in_flight', 'pg_monitor', 'EXECUTE', false),
-             ('function idempotency_tracking', 'pg_monitor', 'EXECUTE', false)$$,
+             ('function idempotency_tracking', 'pg_monitor', 'EXECUTE', false),
+             ('function idempotency_worker_status', 'pg_monitor', 'EXECUTE', false)$$,
     'pg_monitor sees the views, and nobody else has any right');
 SELECT is(
     (SELECT count(DISTINCT owner) FROM member_right WHERE owner IS NOT NULL), 1::bigint,

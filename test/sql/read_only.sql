@@ -35,6 +35,7 @@ SELECT idempotency_unschedule();
 ROLLBACK TO s;
 SELECT count(*) FROM idempotency_in_flight;
 SELECT capacity FROM idempotency_tracking();
+SELECT state FROM idempotency_worker_status();
 SELECT octet_length(idempotency_request_hash('{}'));
 COMMIT;
 

@@ -47,6 +47,7 @@ SELECT * FROM idempotency_in_flight;
 SELECT * FROM idempotency_in_flight();
 SELECT * FROM idempotency_stalled;
 SELECT * FROM idempotency_tracking();
+SELECT * FROM idempotency_worker_status();
 SELECT * FROM idempotency_key;
 RESET ROLE;
 
@@ -209,6 +210,7 @@ SELECT tenant, actor, action, key, attempt, recovery_point,
 FROM idempotency_stalled;
 SELECT capacity > 0 AS capacity, used > 0 AS used, untracked >= 0 AS untracked
 FROM idempotency_tracking();
+SELECT state FROM idempotency_worker_status();
 SELECT count(*) FROM idempotency_key;
 ROLLBACK;
 SET ROLE regress_idempotency_monitor;

@@ -15,6 +15,7 @@ use Test::More;
 
 my $capacity = 32;		# the least there can be
 my $tracking = 'SELECT capacity, used, untracked FROM idempotency_tracking()';
+my $worker = 'SELECT * FROM idempotency_worker_status()';
 my $in_flight = 'SELECT tenant, actor, action, key, attempt, lease_expires_at'
   . ' FROM idempotency_in_flight ORDER BY key';
 
@@ -92,6 +93,9 @@ is($node->safe_psql('postgres', "LOAD 'idempotency'; SHOW idempotency.ttl"),
 	'1d', 'LOAD: settings are known');
 is($node->safe_psql('postgres', "LOAD 'idempotency'; $tracking"),
 	'||', 'LOAD: nothing is tracked');
+is( $node->safe_psql('postgres', "CALL idempotency_sweep(); $worker"),
+	"0\nnot preloaded|||||||",
+	'not preloaded: no sweep is noted');
 
 # What only a preloaded library can use may be in the configuration file
 restart_with('idempotency.max_tracked_claims = 100');
@@ -114,6 +118,8 @@ restart_with(
 meet_claim('preloaded', 'preloaded', 1);
 is($node->safe_psql('postgres', $tracking),
 	"$capacity|0|0", 'preloaded: the table is empty');
+is($node->safe_psql('postgres', $worker),
+	'off|||||||', 'preloaded: there was no sweep yet');
 like(
 	error_of($node, 'postgres', 'SET idempotency.max_tracked_claims = 100'),
 	qr/ERROR:  55P02: /,

@@ -111,6 +111,18 @@ sub pid_of
 		  . (defined $dbname ? " AND datname = '$dbname'" : ''));
 }
 
+# Wait until the status of a database is like that.
+sub has_status
+{
+	my ($dbname, $condition, $test) = @_;
+
+	local $Test::Builder::Level = $Test::Builder::Level + 1;
+	return ok(
+		$node->poll_query_until(
+			$dbname, "SELECT $condition FROM idempotency_worker_status()"),
+		$test);
+}
+
 sub set_conf
 {
 	my ($name, $value) = @_;
@@ -151,7 +163,12 @@ ok( $node->poll_query_until(
 		SELECT n_tup_del >= 2500 FROM pg_stat_user_tables
 		WHERE relname = 'idempotency_key'}),
 	'its statistics count what was swept');
-
+has_status(
+	'one',
+	q{state = 'running' AND last_sweep_at <= clock_timestamp() AND NOT behind
+	AND duration > '0' AND duration <= clock_timestamp() - pg_postmaster_start_time()
+	AND last_error IS NULL AND last_error_at IS NULL AND failures = 0},
+	'its status says that all is well');
 
 # What is not expired, or is being claimed, stays
 my @kept = ('expired-claimed', 'lease', 'live', 'stalled');
@@ -224,6 +241,19 @@ set_conf('idempotency.sweep_interval', "'1h'");
 ok(comes_to_rest('postgres'), 'a longer interval takes effect by reload');
 on('plain', 'BEGIN; CREATE EXTENSION idempotency; ' . fill_sql(100) . ' COMMIT');
 is_swept('plain', 'CREATE EXTENSION makes a database known');
+has_status('plain', 'swept = 100 AND NOT behind',
+	'the status has what a worker swept');
+is(on('postgres', 'CALL idempotency_sweep()'),
+	'7', 'a sweep by hand, when none comes');
+is( on( 'postgres', q{SELECT swept, behind,
+			last_sweep_at BETWEEN clock_timestamp() - interval '1 min' AND clock_timestamp()
+			FROM idempotency_worker_status()}),
+	'7|f|t',
+	'the status has it');
+is( on( 'postgres', q{CALL idempotency_sweep(max_duration => '1 us');
+			SELECT swept, behind FROM idempotency_worker_status()}),
+	"0\n0|t",
+	'and whether it was over before its end');
 on('two', 'DROP EXTENSION idempotency');
 on('two', 'CREATE EXTENSION idempotency; ' . fill_sql(100));
 is_swept('two', 'and where the one before could not be swept');
@@ -233,6 +263,9 @@ on('postgres', 'CREATE DATABASE busy TEMPLATE large');
 # which has the launcher find the new database
 on('late', 'CREATE EXTENSION idempotency');
 wait_for_sweep('busy');
+has_status('busy', q{state = 'sweeping'}, 'a sweep under way is seen');
+is(on('postgres', 'SELECT state FROM idempotency_worker_status()'),
+	'running', 'but not from another database');
 on('never', 'BEGIN; CREATE EXTENSION idempotency; ' . fill_sql(100) . ' COMMIT');
 is_swept('never', 'also in the middle of a sweep of another one');
 on('postgres', 'DROP DATABASE busy');
@@ -243,6 +276,23 @@ is_swept('postgres', 'a shorter interval takes effect by reload');
 # Off and on
 set_conf('idempotency.worker', 'off');
 ok(comes_to_rest('postgres'), 'nothing is swept when worker is off');
+has_status('postgres', q{state = 'off'}, 'and the status says so');
+
+# What is known of a database goes when it is dropped, whoever has its OID then
+my $again = 'CREATE DATABASE again OID = 4000000000 TEMPLATE large';
+my $known = 'SELECT last_sweep_at IS NOT NULL FROM idempotency_worker_status()';
+on('postgres', $again);
+on('again', 'CALL idempotency_sweep(max_duration => \'1 us\')');
+is(on('again', $known), 't', 'the status of a database is known');
+for (1 .. 10 * $PostgreSQL::Test::Utils::timeout_default)
+{
+	on('postgres', 'DROP DATABASE again');
+	$node->reload;
+	on('postgres', $again);
+	last if on('again', $known) eq 'f';
+}
+is(on('again', $known), 'f', 'and not after it was dropped');
+on('postgres', 'DROP DATABASE again');
 set_conf('idempotency.worker', 'on');
 is_swept('postgres', 'and again when it is on');
 
@@ -343,8 +393,19 @@ foreach my $n (1 .. 4)
 on($_, fill_sql(10)) foreach 'postgres', 'one';
 is_swept($_, "database $_ is swept meanwhile") foreach 'postgres', 'one';
 is(on('two', $expired), '100', 'the one that fails is not');
+has_status(
+	'two',
+	q{failures >= 5 AND last_error_at <= clock_timestamp()
+	AND last_error = 'table "idempotency_key" must not have triggers, rules or foreign keys that reference it'},
+	'its status says why');
+is( on( 'one',
+		'SELECT last_error, failures FROM idempotency_worker_status()'),
+	'|0',
+	'and that of another one does not');
 on('two', 'DROP TRIGGER nothing ON idempotency_key');
 is_swept('two', 'it is swept when the cause is gone');
+has_status('two', 'failures = 0 AND last_error_at < last_sweep_at',
+	'the error is still known');
 
 # Processes end
 set_conf('idempotency.sweep_batch_size', 1);
@@ -362,6 +423,9 @@ foreach my $signal ('TERM', 'KILL')
 		if ($signal eq 'TERM')
 		{
 			wait_for_end_of($node, $pid);
+			has_status('busy', q{state = 'not running'},
+				'while there is no launcher, the status says so')
+			  if $type eq 'idempotency launcher';
 		}
 		else
 		{
@@ -412,15 +476,20 @@ on('postgres', 'DROP DATABASE busy');
 # The time that a transaction may take is for others
 SKIP:
 {
-	skip 'there is no transaction_timeout', 1 if $node->pg_version < 17;
+	skip 'there is no transaction_timeout', 2 if $node->pg_version < 17;
 
-	local $ENV{PGOPTIONS} = '-c transaction_timeout=0';
-	set_conf('idempotency.sweep_batch_size', 1_000_000);
-	set_conf('transaction_timeout', 1);
+	set_conf('idempotency.sweep_batch_size', $large);
+	set_conf('idempotency.worker', 'off');
+	ok(comes_to_rest('postgres'), 'worker is off');
 	on('postgres', 'CREATE DATABASE busy TEMPLATE large');
-	is_swept('busy', 'a batch may take longer than transaction_timeout');
+	on('postgres', 'ALTER DATABASE busy SET transaction_timeout = 1');
+	set_conf('idempotency.worker', 'on');
+	ok( $node->poll_query_until(
+			'postgres',
+			"SELECT tup_deleted >= $large FROM pg_stat_database WHERE datname = 'busy'"
+		),
+		'a batch may take longer than transaction_timeout');
 	on('postgres', 'DROP DATABASE busy');
-	set_conf('transaction_timeout', 0);
 	set_conf('idempotency.sweep_batch_size', 1);
 }
 
@@ -449,6 +518,8 @@ on('postgres', 'SELECT pg_sleep(1)');
 is( scalar(() = substr(slurp_file($node->logfile), $offset) =~ /$no_slot/g),
 	1, 'without a slot for a worker, the log says so once');
 is(on('postgres', $expired), '100', 'and nothing is swept');
+has_status('postgres', q{state = 'waiting for a slot' AND last_sweep_at IS NULL},
+	'the status says so, too');
 $node->append_conf('postgresql.conf', 'max_worker_processes = 8');
 $node->restart;
 is_swept('postgres', 'with a slot it is');
@@ -469,6 +540,11 @@ is( $standby->safe_psql(
 	),
 	'0',
 	'a standby has no launcher');
+is( $standby->safe_psql(
+		'postgres',
+		'SELECT state, failures FROM idempotency_worker_status()'),
+	'standby|',
+	'and its status says so');
 $standby->promote;
 ok($standby->poll_query_until('postgres', $is_swept),
 	'a standby that is promoted is swept');

@@ -1,0 +1,303 @@
+/*-------------------------------------------------------------------------
+ *
+ * worker_status.c
+ *	  What became of the sweeps of each database, in shared memory.
+ *
+ * An administrator wants to know when a database was last swept, whether that
+ * was enough, and why not.  Whoever ends a sweep notes it here: a worker, or a
+ * session that calls idempotency_sweep().  Each looks only at the entry of its
+ * own database, so that a message is read in the encoding it was written in.
+ *
+ * There is room for MAX_DATABASES that have the extension.  What finds none is
+ * not noted; the launcher removes the entries of databases that were dropped,
+ * and a worker that of its own when the extension was.
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "idempotency.h"
+
+#include "access/htup_details.h"
+#include "access/xlog.h"
+#include "funcapi.h"
+#include "mb/pg_wchar.h"
+#include "miscadmin.h"
+#include "storage/ipc.h"
+#include "storage/lwlock.h"
+#include "storage/shmem.h"
+#include "utils/builtins.h"
+#include "utils/hsearch.h"
+#include "utils/timestamp.h"
+#include "worker.h"
+#include "worker_status.h"
+
+#define MAX_DATABASES		256
+#define MAX_ERROR_LENGTH	200
+#define TRANCHE_NAME		"idempotency worker"
+
+/* Columns of idempotency_worker_status() */
+enum
+{
+	STATUS_STATE,
+	STATUS_LAST_SWEEP_AT,
+	STATUS_SWEPT,
+	STATUS_DURATION,
+	STATUS_BEHIND,
+	STATUS_LAST_ERROR,
+	STATUS_LAST_ERROR_AT,
+	STATUS_FAILURES,
+	STATUS_COLUMNS
+};
+
+typedef struct WorkerStatus
+{
+	Oid			database;		/* hash key */
+	TimestampTz last_sweep_at;	/* when it ended, 0 for never */
+	int64		swept;			/* rows that it deleted */
+	int64		duration;		/* of it, in microseconds */
+	bool		behind;			/* it ended with more to do */
+	TimestampTz last_error_at;	/* 0 for never */
+	char		last_error[MAX_ERROR_LENGTH + 1];
+	int			failures;		/* of workers, since a sweep ended well */
+} WorkerStatus;
+
+static void request_shmem(void);
+static void startup_shmem(void);
+static WorkerStatus *lock_own_status(void);
+static bool copy_own_status(WorkerStatus *copy);
+static const char *get_state(void);
+
+PG_FUNCTION_INFO_V1(idempotency_worker_status);
+
+static shmem_request_hook_type prev_shmem_request_hook = NULL;
+static shmem_startup_hook_type prev_shmem_startup_hook = NULL;
+
+/* pointers to shared memory, null unless the library is preloaded */
+static HTAB *statuses = NULL;
+static LWLock *lock = NULL;
+
+/*
+ * Ask for shared memory while there is still time to.
+ */
+void
+WorkerStatusInit(void)
+{
+	if (!process_shared_preload_libraries_in_progress)
+		return;
+
+	prev_shmem_request_hook = shmem_request_hook;
+	shmem_request_hook = request_shmem;
+	prev_shmem_startup_hook = shmem_startup_hook;
+	shmem_startup_hook = startup_shmem;
+}
+
+/*
+ * Note the end of a sweep of this database.
+ */
+void
+WorkerStatusSwept(const Sweep *sweep, bool behind)
+{
+	WorkerStatus *status = lock_own_status();
+
+	if (status == NULL)
+		return;
+
+	status->last_sweep_at = GetCurrentTimestamp();
+	status->swept = sweep->swept;
+	status->duration = Max(status->last_sweep_at - sweep->until, 0);
+	status->behind = behind;
+	status->failures = 0;
+	LWLockRelease(lock);
+}
+
+/*
+ * Note that a worker failed.
+ */
+void
+WorkerStatusFailed(const char *message)
+{
+	WorkerStatus *status = lock_own_status();
+	int			length;
+
+	if (status == NULL)
+		return;
+
+	length = pg_mbcliplen(message, strlen(message), MAX_ERROR_LENGTH);
+	memcpy(status->last_error, message, length);
+	status->last_error[length] = '\0';
+	status->last_error_at = GetCurrentTimestamp();
+	status->failures++;
+	LWLockRelease(lock);
+}
+
+/*
+ * The databases that there are entries of.
+ */
+List *
+WorkerStatusDatabases(void)
+{
+	HASH_SEQ_STATUS seq;
+	WorkerStatus *status;
+	List	   *result = NIL;
+
+	LWLockAcquire(lock, LW_SHARED);
+	hash_seq_init(&seq, statuses);
+	while ((status = hash_seq_search(&seq)) != NULL)
+		result = lappend_oid(result, status->database);
+	LWLockRelease(lock);
+
+	return result;
+}
+
+/*
+ * Remove the entry of a database that has no extension, or is no more.
+ */
+void
+WorkerStatusForget(Oid database)
+{
+	LWLockAcquire(lock, LW_EXCLUSIVE);
+	(void) hash_search(statuses, &database, HASH_REMOVE, NULL);
+	LWLockRelease(lock);
+}
+
+/*
+ * idempotency_worker_status(OUT state text, OUT last_sweep_at timestamptz,
+ *							 OUT swept bigint, OUT duration interval,
+ *							 OUT behind boolean, OUT last_error text,
+ *							 OUT last_error_at timestamptz, OUT failures int)
+ *
+ * What the background does for this database; nulls for what is not known.
+ */
+Datum
+idempotency_worker_status(PG_FUNCTION_ARGS)
+{
+	TupleDesc	tupdesc;
+	Datum		values[STATUS_COLUMNS] = {0};
+	bool		nulls[STATUS_COLUMNS] = {false};
+	Interval	duration = {0};
+	WorkerStatus status = {0};
+	bool		found = copy_own_status(&status);
+	bool		never_swept = (status.last_sweep_at == 0);
+	bool		never_failed = (status.last_error_at == 0);
+
+	if (get_call_result_type(fcinfo, NULL, &tupdesc) != TYPEFUNC_COMPOSITE)
+		elog(ERROR, "return type must be a row type");
+
+	values[STATUS_STATE] = CStringGetTextDatum(get_state());
+
+	values[STATUS_LAST_SWEEP_AT] = TimestampTzGetDatum(status.last_sweep_at);
+	values[STATUS_SWEPT] = Int64GetDatum(status.swept);
+	duration.time = status.duration;
+	values[STATUS_DURATION] = IntervalPGetDatum(&duration);
+	values[STATUS_BEHIND] = BoolGetDatum(status.behind);
+	nulls[STATUS_LAST_SWEEP_AT] = nulls[STATUS_SWEPT] = never_swept;
+	nulls[STATUS_DURATION] = nulls[STATUS_BEHIND] = never_swept;
+
+	values[STATUS_LAST_ERROR] = CStringGetTextDatum(status.last_error);
+	values[STATUS_LAST_ERROR_AT] = TimestampTzGetDatum(status.last_error_at);
+	values[STATUS_FAILURES] = Int32GetDatum(status.failures);
+	nulls[STATUS_LAST_ERROR] = nulls[STATUS_LAST_ERROR_AT] = never_failed;
+	nulls[STATUS_FAILURES] = !found;
+
+	return HeapTupleGetDatum(heap_form_tuple(tupdesc, values, nulls));
+}
+
+/*
+ * shmem_request hook
+ */
+static void
+request_shmem(void)
+{
+	if (prev_shmem_request_hook)
+		prev_shmem_request_hook();
+
+	RequestAddinShmemSpace(hash_estimate_size(MAX_DATABASES,
+											  sizeof(WorkerStatus)));
+	RequestNamedLWLockTranche(TRANCHE_NAME, 1);
+}
+
+/*
+ * shmem_startup hook: make the table, or attach to it in a new process.
+ */
+static void
+startup_shmem(void)
+{
+	HASHCTL		info = {0};
+
+	if (prev_shmem_startup_hook)
+		prev_shmem_startup_hook();
+
+	LWLockAcquire(AddinShmemInitLock, LW_EXCLUSIVE);
+	info.keysize = sizeof(Oid);
+	info.entrysize = sizeof(WorkerStatus);
+	statuses = ShmemInitHash("idempotency worker status",
+							 MAX_DATABASES, MAX_DATABASES, &info,
+							 HASH_ELEM | HASH_BLOBS | HASH_FIXED_SIZE);
+	lock = &GetNamedLWLockTranche(TRANCHE_NAME)->lock;
+	LWLockRelease(AddinShmemInitLock);
+}
+
+/*
+ * The entry of this database, locked, and made if there was none.  Returns
+ * null, with nothing locked, where there is no room for it.
+ */
+static WorkerStatus *
+lock_own_status(void)
+{
+	WorkerStatus *status;
+	bool		found;
+
+	if (statuses == NULL)
+		return NULL;
+
+	LWLockAcquire(lock, LW_EXCLUSIVE);
+	status = hash_search(statuses, &MyDatabaseId, HASH_ENTER_NULL, &found);
+	if (status == NULL)
+		LWLockRelease(lock);
+	else if (!found)
+		*status = (WorkerStatus) {.database = MyDatabaseId};
+
+	return status;
+}
+
+/*
+ * Get a copy of the entry of this database, if there is one.
+ */
+static bool
+copy_own_status(WorkerStatus *copy)
+{
+	WorkerStatus *status;
+
+	if (statuses == NULL)
+		return false;
+
+	LWLockAcquire(lock, LW_SHARED);
+	status = hash_search(statuses, &MyDatabaseId, HASH_FIND, NULL);
+	if (status != NULL)
+		*copy = *status;
+	LWLockRelease(lock);
+
+	return status != NULL;
+}
+
+/*
+ * What the launcher and its workers are doing, as far as this database can
+ * notice.
+ */
+static const char *
+get_state(void)
+{
+	if (worker_shared == NULL)
+		return "not preloaded";
+	if (RecoveryInProgress())
+		return "standby";
+	if (!idempotency_worker)
+		return "off";
+	if (worker_shared->launcher == NULL)
+		return "not running";
+	if (WorkerReportDatabase(pg_atomic_read_u64(&worker_shared->report)) ==
+		MyDatabaseId)
+		return "sweeping";
+	if (worker_shared->out_of_slots)
+		return "waiting for a slot";
+	return "running";
+}
