@@ -25,6 +25,7 @@ OBJS = \
 	src/lease.o \
 	src/log.o \
 	src/metrics.o \
+	src/owner.o \
 	src/result.o \
 	src/run.o \
 	src/schedule.o \
@@ -33,6 +34,7 @@ OBJS = \
 	src/store.o \
 	src/sweep.o \
 	src/wake.o \
+	src/watch.o \
 	src/worker.o \
 	src/worker_status.o
 

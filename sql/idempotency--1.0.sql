@@ -488,6 +488,8 @@ CREATE FUNCTION idempotency_stats(
     OUT released bigint,
     OUT swept bigint,
     OUT held int,
+    OUT leases int,
+    OUT stalled_leases int,
     OUT run_time double precision,
     OUT run_time_p50 double precision,
     OUT run_time_p95 double precision,
@@ -537,6 +539,10 @@ COMMENT ON COLUMN idempotency_stats.swept IS
 'records deleted after their time';
 COMMENT ON COLUMN idempotency_stats.held IS
 'claims that transactions hold at this moment';
+COMMENT ON COLUMN idempotency_stats.leases IS
+'leases in flight, null before a background worker has counted them';
+COMMENT ON COLUMN idempotency_stats.stalled_leases IS
+'leases that ran out and wait for the next repeat, counted at the same time';
 COMMENT ON COLUMN idempotency_stats.run_time IS
 'time from begin to the end of claims, in all, in milliseconds';
 COMMENT ON COLUMN idempotency_stats.run_time_p50 IS
@@ -661,6 +667,130 @@ COMMENT ON COLUMN idempotency_replay_ratio.on_target IS
 'whether that is less than 5 in a hundred';
 
 --
+-- Health
+--
+-- What is not asked for is not worked out: without the columns about records,
+-- the table of records is not read.
+--
+
+CREATE VIEW idempotency_health AS
+    SELECT e.extversion AS version,
+           w.state <> 'not preloaded' AS preloaded,
+           w.state AS worker,
+           w.last_sweep_at,
+           w.swept AS last_swept,
+           w.duration AS last_duration,
+           w.last_error,
+           w.last_error_at,
+           r.pending,
+           r.completed,
+           r.errored,
+           o.oldest_expired_at,
+           r.leased + c.held AS in_flight,
+           r.stalled,
+           pg_catalog.pg_table_size('idempotency_key') AS table_size,
+           pg_catalog.pg_indexes_size('idempotency_key') AS index_size,
+           pg_catalog.array_remove(ARRAY[
+               CASE w.state
+                   WHEN 'not preloaded' THEN
+                       'library is not preloaded: nothing is swept or counted in the background'
+                   WHEN 'not running' THEN
+                       'launcher does not run: see the log of the server'
+                   WHEN 'waiting for a slot' THEN
+                       'there is no slot for a background worker: raise max_worker_processes'
+               END,
+               CASE WHEN w.state = 'off' AND (w.last_sweep_at > pg_catalog.statement_timestamp() - INTERVAL '10 minutes') IS NOT TRUE THEN
+                   'background worker is off, and nobody else has swept for 10 minutes'
+               END,
+               CASE WHEN (w.last_error_at <= w.last_sweep_at) IS NOT TRUE THEN
+                   'last sweep failed: ' || w.last_error
+               END,
+               CASE WHEN o.oldest_expired_at < pg_catalog.statement_timestamp() - INTERVAL '10 minutes'
+                       - coalesce(pg_catalog.current_setting('idempotency.sweep_interval', true), '0')::interval THEN
+                   'sweep is behind: records that expired '
+                   || pg_catalog.date_trunc('second', pg_catalog.statement_timestamp() - o.oldest_expired_at)
+                   || ' ago are still there'
+               END,
+               CASE WHEN t.untracked > 0 THEN
+                   'claims that found no room in shared memory: ' || t.untracked
+                   || '; raise idempotency.max_tracked_claims'
+               END,
+               CASE WHEN m.used >= m.capacity THEN
+                   'all ' || m.capacity
+                   || ' places for metrics of an action are taken: raise idempotency.max_actions'
+               END,
+               CASE WHEN l.stalled > 0 THEN
+                   'leases that ran out and wait for a repeat: ' || l.stalled
+                   || '; see idempotency_stalled'
+               END
+           ], NULL) AS warnings
+    FROM pg_catalog.pg_extension AS e
+    CROSS JOIN idempotency_worker_status() AS w
+    CROSS JOIN idempotency_tracking() AS t
+    CROSS JOIN idempotency_metrics_room() AS m
+    LEFT JOIN (
+        SELECT pg_catalog.min(expires_at) AS oldest_expired_at
+        FROM idempotency_key
+        WHERE expires_at <= pg_catalog.statement_timestamp()) AS o ON true
+    LEFT JOIN (
+        SELECT pg_catalog.sum(stalled_leases) AS stalled
+        FROM idempotency_stats()) AS l ON true
+    LEFT JOIN (
+        SELECT pg_catalog.count(*) AS held
+        FROM idempotency_in_flight()
+        WHERE lease_expires_at IS NULL) AS c ON true
+    LEFT JOIN (
+        SELECT pg_catalog.count(*) FILTER (WHERE state = 'pending') AS pending,
+               pg_catalog.count(*) FILTER (WHERE state = 'completed') AS completed,
+               pg_catalog.count(*) FILTER (WHERE state = 'errored') AS errored,
+               pg_catalog.count(*) FILTER (
+                   WHERE state = 'pending'
+                     AND lease_expires_at > pg_catalog.statement_timestamp()) AS leased,
+               pg_catalog.count(*) FILTER (
+                   WHERE state = 'pending'
+                     AND lease_expires_at <= pg_catalog.statement_timestamp()
+                     AND expires_at > pg_catalog.statement_timestamp()) AS stalled
+        FROM idempotency_key) AS r ON true
+    WHERE e.extname = 'idempotency';
+
+COMMENT ON VIEW idempotency_health IS
+'how the extension fares in this database, in one row; reads all records if asked how many there are';
+COMMENT ON COLUMN idempotency_health.version IS
+'version of the extension';
+COMMENT ON COLUMN idempotency_health.preloaded IS
+'whether the library was loaded with the server';
+COMMENT ON COLUMN idempotency_health.worker IS
+'state of background sweeping, as idempotency_worker_status() has it';
+COMMENT ON COLUMN idempotency_health.last_sweep_at IS
+'when the last sweep ended, null when none has since the server started';
+COMMENT ON COLUMN idempotency_health.last_swept IS
+'how many records it deleted';
+COMMENT ON COLUMN idempotency_health.last_duration IS
+'how long it took';
+COMMENT ON COLUMN idempotency_health.last_error IS
+'error that the last failed sweep ended with';
+COMMENT ON COLUMN idempotency_health.last_error_at IS
+'when that was';
+COMMENT ON COLUMN idempotency_health.pending IS
+'records of leased claims, whatever became of their leases';
+COMMENT ON COLUMN idempotency_health.completed IS
+'records with an answer';
+COMMENT ON COLUMN idempotency_health.errored IS
+'records with a final error';
+COMMENT ON COLUMN idempotency_health.oldest_expired_at IS
+'when the time of the oldest record was over that is not swept yet';
+COMMENT ON COLUMN idempotency_health.in_flight IS
+'claims in flight: leases, and claims of transactions if the library is preloaded';
+COMMENT ON COLUMN idempotency_health.stalled IS
+'leases that ran out and wait for the next repeat';
+COMMENT ON COLUMN idempotency_health.table_size IS
+'size of the table of records, in bytes';
+COMMENT ON COLUMN idempotency_health.index_size IS
+'size of its indexes, in bytes';
+COMMENT ON COLUMN idempotency_health.warnings IS
+'what an administrator should look at, an element for each; README.md says what to do';
+
+--
 -- Rights: nobody but the owner has any until the administrator hands them out
 --
 
@@ -694,6 +824,7 @@ GRANT SELECT ON idempotency_stalled TO pg_monitor;
 GRANT SELECT ON idempotency_stats TO pg_monitor;
 GRANT SELECT ON idempotency_metric TO pg_monitor;
 GRANT SELECT ON idempotency_replay_ratio TO pg_monitor;
+GRANT SELECT ON idempotency_health TO pg_monitor;
 GRANT EXECUTE ON FUNCTION idempotency_in_flight TO pg_monitor;
 GRANT EXECUTE ON FUNCTION idempotency_tracking TO pg_monitor;
 GRANT EXECUTE ON FUNCTION idempotency_worker_status TO pg_monitor;

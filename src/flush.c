@@ -13,9 +13,8 @@
  * come, and if the process is killed there, the server starts anew and the
  * counters with it.  The table is locked against other flushes until then.
  *
- * The statements run as the owner of the table, restricted as maintenance
- * commands are, so that who may sweep needs no right on the table, and what
- * the owner may have attached to it has no more rights than the owner.
+ * The statements run as the owner of the table, so that who may sweep needs no
+ * right on it.
  *
  *-------------------------------------------------------------------------
  */
@@ -26,13 +25,12 @@
 #include "executor/spi.h"
 #include "flush.h"
 #include "metrics.h"
-#include "miscadmin.h"
+#include "owner.h"
 #include "storage/lmgr.h"
 #include "utils/builtins.h"
-#include "utils/guc.h"
 #include "utils/lsyscache.h"
 #include "utils/memutils.h"
-#include "utils/rel.h"
+#include "utils/syscache.h"
 #include "utils/timestamp.h"
 
 #define TABLE_NAME	"idempotency_metric"
@@ -54,7 +52,7 @@ typedef struct Flushed
 } Flushed;
 
 static void at_end_of_xact(XactEvent event, void *arg);
-static void flush_into(Relation rel);
+static void flush_into(const char *schema);
 static bool read_delta(ActionMetrics *metrics, uint64 *delta);
 static SPIPlanPtr prepare_insert(const char *schema, const char *table);
 static void insert_row(SPIPlanPtr plan, const Flushed *flushed);
@@ -103,35 +101,25 @@ void
 FlushMetrics(void)
 {
 	Oid			extension = get_extension_oid("idempotency", true);
+	Oid			schema;
 	Oid			table;
-	Relation	rel;
-	Oid			user;
-	int			context;
-	int			nest_level;
+	Owner		owner;
 
 	if (!MetricsEnabled() || !OidIsValid(extension))
 		return;
 
-	table = get_relname_relid(TABLE_NAME, get_extension_schema(extension));
+	schema = get_extension_schema(extension);
+	table = get_relname_relid(TABLE_NAME, schema);
 	if (!OidIsValid(table) ||
 		!ConditionalLockRelationOid(table, ShareRowExclusiveLock))
 		return;
-	rel = try_table_open(table, NoLock);
-	if (rel == NULL)
+	/* it may have been dropped before we had the lock */
+	if (!SearchSysCacheExists1(RELOID, ObjectIdGetDatum(table)))
 		return;
 
-	GetUserIdAndSecContext(&user, &context);
-	SetUserIdAndSecContext(rel->rd_rel->relowner,
-						   context | SECURITY_RESTRICTED_OPERATION);
-	nest_level = NewGUCNestLevel();
-	(void) set_config_option("search_path", "pg_catalog, pg_temp",
-							 PGC_USERSET, PGC_S_SESSION,
-							 GUC_ACTION_SAVE, true, 0, false);
-	flush_into(rel);
-	AtEOXact_GUC(false, nest_level);
-	SetUserIdAndSecContext(user, context);
-
-	table_close(rel, NoLock);
+	OwnerBecome(&owner, table);
+	flush_into(get_namespace_name(schema));
+	OwnerLeave(&owner);
 }
 
 /*
@@ -163,9 +151,8 @@ at_end_of_xact(XactEvent event, void *arg)
  * Write what was counted since the last flush, and delete what is old.
  */
 static void
-flush_into(Relation rel)
+flush_into(const char *schema)
 {
-	char	   *schema = get_namespace_name(RelationGetNamespace(rel));
 	char	   *table = quote_qualified_identifier(schema, TABLE_NAME);
 	SPIPlanPtr	plan;
 	ListCell   *lc;

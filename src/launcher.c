@@ -30,6 +30,7 @@
 #include "access/xact.h"
 #include "catalog/objectaccess.h"
 #include "catalog/pg_database.h"
+#include "metrics.h"
 #include "miscadmin.h"
 #include "nodes/pg_list.h"
 #include "postmaster/bgworker.h"
@@ -64,9 +65,10 @@ typedef struct Database
 	Oid			oid;
 	bool		exists;			/* still in pg_database */
 	bool		busy;			/* somebody had it locked when its time came */
-	WorkerResult result;		/* of the last worker */
+	WorkerResult result;		/* of the last sweep */
 	int			failures;		/* of workers, since one succeeded */
 	TimestampTz last;			/* when we were through with it, 0 for never */
+	TimestampTz measured;		/* when its metrics were last flushed */
 } Database;
 
 static void request_shmem(void);
@@ -82,13 +84,17 @@ static void read_databases(void);
 static void note_database(Oid oid);
 static void forget_dropped(List *dropped);
 static void look_again(void);
-static long sweep_due(void);
-static bool start_worker(Oid database, BackgroundWorkerHandle **handle);
+static long work_due(void);
+static bool start_worker(Oid database, int tasks,
+						 BackgroundWorkerHandle **handle);
 static void wait_for_worker(Oid database, BackgroundWorkerHandle *handle);
 static bool ends_within(BackgroundWorkerHandle *handle, int secs);
 static Database *find_due(long *rest);
-static bool sweep_database(Database *database);
+static bool work_on(Database *database);
 static long get_rest(const Database *database);
+static long get_rest_of_measuring(const Database *database);
+static long get_rest_after(TimestampTz last, int64 delay);
+static int64 get_metrics_interval(void);
 static int64 get_delay(const Database *database);
 
 static shmem_request_hook_type prev_shmem_request_hook = NULL;
@@ -149,7 +155,7 @@ idempotency_launcher_main(Datum arg)
 		look_again();
 		read_databases();
 		if (idempotency_worker)
-			sleep_ms = sweep_due();
+			sleep_ms = work_due();
 
 		(void) WaitLatch(MyLatch, WL_LATCH_SET | WL_TIMEOUT | WL_EXIT_ON_PM_DEATH,
 						 sleep_ms, PG_WAIT_EXTENSION);
@@ -330,7 +336,7 @@ read_databases(void)
 	(void) GetTransactionSnapshot();
 
 	/* before we look which databases exist: meanwhile, one may be created */
-	kept = WorkerStatusDatabases();
+	kept = list_concat_unique_oid(WorkerStatusDatabases(), MetricsDatabases());
 
 	rel = table_open(DatabaseRelationId, AccessShareLock);
 	scan = table_beginscan_catalog(rel, 0, NULL);
@@ -387,7 +393,10 @@ forget_dropped(List *dropped)
 	ListCell   *lc;
 
 	foreach(lc, dropped)
+	{
 		WorkerStatusForget(lfirst_oid(lc));
+		MetricsForget(lfirst_oid(lc));
+	}
 
 	foreach(lc, databases)
 	{
@@ -427,22 +436,22 @@ look_again(void)
 }
 
 /*
- * Have the database swept that is due and has waited longest.  Returns after
- * how many milliseconds there may be more to do.
+ * Have a worker see to the database that is due and has waited longest.
+ * Returns after how many milliseconds there may be more to do.
  *
  * It is one at a time, because while a worker runs databases come and go, and
  * waiting for it swallows what else would wake us: the main loop looks at all
  * that again before the next one.
  */
 static long
-sweep_due(void)
+work_due(void)
 {
-	long		rest = idempotency_sweep_interval;
+	long		rest = Min(idempotency_sweep_interval, get_metrics_interval());
 	Database   *database = find_due(&rest);
 
 	if (database == NULL)
 		return rest;
-	if (!sweep_database(database))
+	if (!work_on(database))
 		return Min(rest, NO_SLOT_RETRY_MS);
 	return 0;
 }
@@ -460,7 +469,8 @@ find_due(long *rest)
 	foreach(lc, databases)
 	{
 		Database   *database = lfirst(lc);
-		long		own_rest = get_rest(database);
+		long		own_rest = Min(get_rest(database),
+								   get_rest_of_measuring(database));
 
 		if (own_rest > 0)
 			*rest = Min(*rest, own_rest);
@@ -472,29 +482,45 @@ find_due(long *rest)
 }
 
 /*
- * Have a database swept, unless somebody has it locked.  Returns false when
- * there is no slot for a worker.
+ * Have a worker do what is due in a database, unless somebody has it locked.
+ * Returns false when there is no slot for a worker.
  */
 static bool
-sweep_database(Database *database)
+work_on(Database *database)
 {
 	BackgroundWorkerHandle *handle;
-	uint64		report;
+	WorkerResult result;
+	int			tasks = 0;
+
+	if (get_rest(database) <= 0)
+		tasks |= WORKER_SWEEP;
+	if (get_rest_after(database->measured, get_metrics_interval()) <= 0)
+		tasks |= WORKER_MEASURE;
 
 	database->busy = !WorkerMayUse(database->oid);
-	if (!database->busy)
+	if (database->busy)
 	{
-		if (!start_worker(database->oid, &handle))
-			return false;
-		wait_for_worker(database->oid, handle);
-		pfree(handle);
-
-		report = pg_atomic_exchange_u64(&worker_shared->report, 0);
-		database->result = WorkerReportResult(report);
-		database->failures = (database->result == WORKER_FAILED) ?
-			database->failures + 1 : 0;
+		database->last = GetCurrentTimestamp();
+		return true;
 	}
-	database->last = GetCurrentTimestamp();
+
+	if (!start_worker(database->oid, tasks, &handle))
+		return false;
+	wait_for_worker(database->oid, handle);
+	pfree(handle);
+
+	result = WorkerReportResult(pg_atomic_exchange_u64(&worker_shared->report, 0));
+	database->failures = (result == WORKER_FAILED) ? database->failures + 1 : 0;
+	if (tasks & WORKER_MEASURE)
+		database->measured = GetCurrentTimestamp();
+
+	/* where only measuring was due, the next sweep need not come sooner */
+	if ((tasks & WORKER_SWEEP) ||
+		result == WORKER_FAILED || result == WORKER_NO_EXTENSION)
+	{
+		database->result = result;
+		database->last = GetCurrentTimestamp();
+	}
 
 	return true;
 }
@@ -503,7 +529,7 @@ sweep_database(Database *database)
  * Start a worker, if there is a slot for one.
  */
 static bool
-start_worker(Oid database, BackgroundWorkerHandle **handle)
+start_worker(Oid database, int tasks, BackgroundWorkerHandle **handle)
 {
 	BackgroundWorker worker = {
 		.bgw_name = "idempotency worker",
@@ -516,6 +542,8 @@ start_worker(Oid database, BackgroundWorkerHandle **handle)
 		.bgw_main_arg = ObjectIdGetDatum(database),
 		.bgw_notify_pid = MyProcPid,
 	};
+
+	memcpy(worker.bgw_extra, &tasks, sizeof(tasks));
 
 	/* unless the worker says otherwise */
 	pg_atomic_write_u64(&worker_shared->report,
@@ -582,20 +610,47 @@ ends_within(BackgroundWorkerHandle *handle, int secs)
 }
 
 /*
- * Milliseconds until a database gets its next worker.
+ * Milliseconds until a database gets its next sweep.
+ */
+static long
+get_rest(const Database *database)
+{
+	return get_rest_after(database->last, get_delay(database));
+}
+
+/*
+ * Milliseconds until the metrics of a database are flushed again.  Where that
+ * may not be possible, it waits for the next sweep.
+ */
+static long
+get_rest_of_measuring(const Database *database)
+{
+	if (database->busy || database->result == WORKER_FAILED ||
+		database->result == WORKER_NO_EXTENSION)
+		return get_rest(database);
+	return get_rest_after(database->measured, get_metrics_interval());
+}
+
+/*
+ * Milliseconds that are left of a delay after what came last.
  *
  * This is worked out anew each time, so that a changed interval has its effect
  * at once.  If the clock was set back, nobody waits for it to catch up.
  */
 static long
-get_rest(const Database *database)
+get_rest_after(TimestampTz last, int64 delay)
 {
 	TimestampTz now = GetCurrentTimestamp();
 
-	if (database->last > now)
+	if (last > now)
 		return 0;
-	return TimestampDifferenceMilliseconds(now, database->last +
-										   get_delay(database) * 1000);
+	return TimestampDifferenceMilliseconds(now, last + delay * 1000);
+}
+
+static int64
+get_metrics_interval(void)
+{
+	return (int64) idempotency_metrics_interval * 1000;
 }
 
 /*

@@ -55,6 +55,8 @@ enum
 	STATS_ACTION,
 	STATS_EVENTS,				/* a column for each class */
 	STATS_HELD = STATS_EVENTS + EVENT_CLASSES,
+	STATS_LEASES,
+	STATS_STALLED_LEASES,
 	STATS_RUN_TIME,				/* sum, p50, p95, p99, histogram */
 	STATS_LOOKUP_TIME = STATS_RUN_TIME + 5,
 	STATS_SINCE = STATS_LOOKUP_TIME + 5,
@@ -188,6 +190,50 @@ MetricsHold(ActionMetrics *metrics, int change)
 }
 
 /*
+ * Start to count the leases of all actions.
+ */
+void
+MetricsForgetLeases(void)
+{
+	ListCell   *lc;
+
+	foreach(lc, MetricsList())
+		memset(&((ActionMetrics *) lfirst(lc))->leases_so_far, 0,
+			   sizeof(LeaseCounts));
+}
+
+/*
+ * Count a lease.
+ */
+void
+MetricsCountLease(ActionMetrics *metrics, bool stalled)
+{
+	if (metrics == NULL)
+		return;
+	if (stalled)
+		metrics->leases_so_far.stalled++;
+	else
+		metrics->leases_so_far.in_flight++;
+}
+
+/*
+ * All leases have been counted.
+ */
+void
+MetricsPublishLeases(void)
+{
+	ListCell   *lc;
+
+	foreach(lc, MetricsList())
+	{
+		ActionMetrics *metrics = lfirst(lc);
+
+		metrics->leases = metrics->leases_so_far;
+		metrics->leases.valid = true;
+	}
+}
+
+/*
  * All entries of this database.
  */
 List *
@@ -232,6 +278,9 @@ MetricsDatabases(void)
 	HASH_SEQ_STATUS seq;
 	ActionMetrics *metrics;
 
+	if (entries == NULL)
+		return NIL;
+
 	LWLockAcquire(lock, LW_SHARED);
 	hash_seq_init(&seq, entries);
 	while ((metrics = hash_seq_search(&seq)) != NULL)
@@ -249,6 +298,9 @@ MetricsForget(Oid database)
 {
 	HASH_SEQ_STATUS seq;
 	ActionMetrics *metrics;
+
+	if (entries == NULL)
+		return;
 
 	LWLockAcquire(lock, LW_EXCLUSIVE);
 	hash_seq_init(&seq, entries);
@@ -434,6 +486,8 @@ static void
 init_entry(ActionMetrics *metrics)
 {
 	pg_atomic_init_u32(&metrics->held, 0);
+	memset(&metrics->leases, 0, sizeof(LeaseCounts));
+	memset(&metrics->leases_so_far, 0, sizeof(LeaseCounts));
 	for (int i = 0; i < METRIC_VALUES; i++)
 		pg_atomic_init_u64(&metrics->values[i], 0);
 	memset(metrics->flushed, 0, sizeof(metrics->flushed));
@@ -457,6 +511,9 @@ put_row(ReturnSetInfo *rsinfo, ActionMetrics *metrics)
 	for (int i = 0; i < EVENT_CLASSES; i++)
 		values[STATS_EVENTS + i] = Int64GetDatum((int64) counts[i]);
 	values[STATS_HELD] = Int32GetDatum((int32) pg_atomic_read_u32(&metrics->held));
+	values[STATS_LEASES] = Int32GetDatum(metrics->leases.in_flight);
+	values[STATS_STALLED_LEASES] = Int32GetDatum(metrics->leases.stalled);
+	nulls[STATS_LEASES] = nulls[STATS_STALLED_LEASES] = !metrics->leases.valid;
 	put_times(&values[STATS_RUN_TIME], &nulls[STATS_RUN_TIME],
 			  counts[METRIC_RUN_TIME], &counts[METRIC_RUN_TIME_HISTOGRAM]);
 	put_times(&values[STATS_LOOKUP_TIME], &nulls[STATS_LOOKUP_TIME],

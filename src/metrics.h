@@ -27,6 +27,14 @@ enum
 	METRIC_VALUES = METRIC_LOOKUP_TIME_HISTOGRAM + HISTOGRAM_BUCKETS
 };
 
+/* The leases of an action; only a background worker counts them (watch.c) */
+typedef struct LeaseCounts
+{
+	bool		valid;
+	int			in_flight;
+	int			stalled;
+} LeaseCounts;
+
 /* What the metrics of an action are found by */
 typedef struct MetricsKey
 {
@@ -42,6 +50,8 @@ typedef struct ActionMetrics
 {
 	MetricsKey	key;			/* hash key */
 	pg_atomic_uint32 held;		/* claims that transactions hold now */
+	LeaseCounts leases;			/* as of the last look */
+	LeaseCounts leases_so_far;	/* of a look that is under way */
 	pg_atomic_uint64 values[METRIC_VALUES];
 	uint64		flushed[METRIC_VALUES]; /* of these, what is in the table of
 										 * metrics; belongs to who has that
@@ -55,6 +65,9 @@ extern void MetricsCount(ActionMetrics *metrics, EventClass class, uint64 count)
 extern void MetricsTime(ActionMetrics *metrics, int sum, int histogram,
 						int64 usecs);
 extern void MetricsHold(ActionMetrics *metrics, int change);
+extern void MetricsForgetLeases(void);
+extern void MetricsCountLease(ActionMetrics *metrics, bool stalled);
+extern void MetricsPublishLeases(void);
 extern List *MetricsList(void);
 extern void MetricsRead(ActionMetrics *metrics, uint64 *values);
 extern List *MetricsDatabases(void);

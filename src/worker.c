@@ -1,11 +1,12 @@
 /*-------------------------------------------------------------------------
  *
  * worker.c
- *	  The background worker that sweeps one database.
+ *	  The background worker that sees to one database: sweeps it, flushes its
+ *	  metrics, and watches its leases.
  *
  * A process that is connected to a database is in the way of whoever wants to
  * drop, rename or copy it: the server waits some seconds for it to go, and
- * then gives up.  So a worker lives no longer than its sweep, and between two
+ * then gives up.  So a worker lives no longer than its work, and between two
  * batches it looks whether anybody has locked the database for such a thing,
  * and leaves if so.  Within the database it is in nobody's way for longer than
  * a batch either, because each batch is a transaction.
@@ -16,8 +17,7 @@
  * back, so that it can have no part in a deadlock.
  *
  * A worker has the rights of a superuser, and the table may belong to somebody
- * who has not.  So that nothing that its owner attached to it runs with more
- * rights than the owner's own, a batch runs as that role, as VACUUM does.
+ * who has not.  So a batch runs as the owner of the table (owner.c).
  *
  *-------------------------------------------------------------------------
  */
@@ -26,7 +26,9 @@
 #include "access/xact.h"
 #include "catalog/pg_database.h"
 #include "commands/dbcommands.h"
+#include "flush.h"
 #include "miscadmin.h"
+#include "owner.h"
 #include "pgstat.h"
 #include "postmaster/bgworker.h"
 #include "postmaster/interrupt.h"
@@ -38,20 +40,31 @@
 #include "tcop/tcopprot.h"
 #include "utils/guc.h"
 #include "utils/memutils.h"
-#include "utils/rel.h"
 #include "utils/snapmgr.h"
 #include "utils/timestamp.h"
+#include "watch.h"
 #include "worker.h"
 #include "worker_status.h"
 
 /* Shorter than the default of deadlock_timeout: it is us who give way */
 #define LOCK_TIMEOUT	"500ms"
 
-static WorkerResult sweep_database(void);
-static bool may_go_on(const Sweep *sweep);
-static bool sweep_batch(Sweep *sweep, WorkerResult *result);
+/* For so long the watch over leases may keep the sweep waiting */
+#define WATCH_SECS		2
+
+/* A batch of some work on the table of records; returns whether there is more */
+typedef bool (*Batch) (Oid table, void *state);
+
+static WorkerResult work(int tasks);
+static WorkerResult work_until(TimestampTz deadline, const char *activity,
+							   Batch batch, void *state);
+static bool may_go_on(TimestampTz deadline);
+static bool run_batch(const char *activity, Batch batch, void *state,
+					  WorkerResult *result);
 static bool lock_table(Oid extension, Oid *table);
-static bool sweep_as_owner(Sweep *sweep, Oid table);
+static bool flush_batch(Oid table, void *state);
+static bool watch_batch(Oid table, void *state);
+static bool sweep_batch(Oid table, void *state);
 static char *get_name_of_database(void);
 static void add_context(void *arg);
 
@@ -64,6 +77,7 @@ idempotency_worker_main(Datum arg)
 	ErrorContextCallback context = {.callback = add_context};
 	WorkerResult result;
 	uint64		report;
+	int			tasks;
 
 	pqsignal(SIGTERM, die);
 	pqsignal(SIGHUP, SignalHandlerForConfigReload);
@@ -74,13 +88,14 @@ idempotency_worker_main(Datum arg)
 	SetConfigOption("lock_timeout", LOCK_TIMEOUT, PGC_SUSET, PGC_S_OVERRIDE);
 	BackgroundWorkerInitializeConnectionByOid(DatumGetObjectId(arg), InvalidOid, 0);
 
+	memcpy(&tasks, MyBgworkerEntry->bgw_extra, sizeof(tasks));
 	context.arg = get_name_of_database();
 	context.previous = error_context_stack;
 	error_context_stack = &context;
 
 	PG_TRY();
 	{
-		result = sweep_database();
+		result = work(tasks);
 	}
 	PG_CATCH();
 	{
@@ -150,24 +165,51 @@ WorkerMayUse(Oid database)
 }
 
 /*
- * Sweep the database, and note what became of it.
+ * Do what is due.  Returns what became of the sweep or, where none was due, of
+ * the rest.
  */
 static WorkerResult
-sweep_database(void)
+work(int tasks)
 {
+	TimestampTz now = GetCurrentTimestamp();
+	WorkerResult result = WORKER_DONE;
+	Watch		watch;
 	Sweep		sweep;
-	WorkerResult result = WORKER_INTERRUPTED;
 
-	SweepStart(&sweep, idempotency_sweep_batch_size,
-			   WORKER_MAX_SECS * USECS_PER_SEC);
-	while (may_go_on(&sweep) && sweep_batch(&sweep, &result))
-		;
+	if (tasks & WORKER_MEASURE)
+	{
+		TimestampTz deadline = now + WATCH_SECS * USECS_PER_SEC;
+
+		result = work_until(deadline, "idempotency flush", flush_batch, NULL);
+		if (result == WORKER_DONE && WorkerStatusGetWatch(&watch) &&
+			WatchStart(&watch))
+			result = work_until(deadline, "idempotency watch", watch_batch, &watch);
+	}
+
+	if ((tasks & WORKER_SWEEP) && result != WORKER_NO_EXTENSION)
+	{
+		SweepStart(&sweep, idempotency_sweep_batch_size,
+				   WORKER_MAX_SECS * USECS_PER_SEC);
+		result = work_until(sweep.deadline, "idempotency sweep", sweep_batch, &sweep);
+		if (result != WORKER_NO_EXTENSION)
+			WorkerStatusSwept(&sweep, result == WORKER_INTERRUPTED);
+	}
 
 	if (result == WORKER_NO_EXTENSION)
 		WorkerStatusForget(MyDatabaseId);
-	else
-		WorkerStatusSwept(&sweep, result == WORKER_INTERRUPTED);
+	return result;
+}
 
+/*
+ * Do some work in batches until it is done, or it is time to give way.
+ */
+static WorkerResult
+work_until(TimestampTz deadline, const char *activity, Batch batch, void *state)
+{
+	WorkerResult result = WORKER_INTERRUPTED;
+
+	while (may_go_on(deadline) && run_batch(activity, batch, state, &result))
+		;
 	return result;
 }
 
@@ -177,21 +219,21 @@ sweep_database(void)
  * Who wants us to end gets that here without an error in the log.
  */
 static bool
-may_go_on(const Sweep *sweep)
+may_go_on(TimestampTz deadline)
 {
 	if (ProcDiePending || ConfigReloadPending)
 		return false;
 	CHECK_FOR_INTERRUPTS();
 
-	return WorkerMayUse(MyDatabaseId) && GetCurrentTimestamp() < sweep->deadline;
+	return WorkerMayUse(MyDatabaseId) && GetCurrentTimestamp() < deadline;
 }
 
 /*
- * Sweep one batch in a transaction of its own.  Returns whether there may be
- * more to sweep that can be had now; *result is how things stand.
+ * Run one batch in a transaction of its own.  Returns whether there may be
+ * more that can be had now; *result is how things stand.
  */
 static bool
-sweep_batch(Sweep *sweep, WorkerResult *result)
+run_batch(const char *activity, Batch batch, void *state, WorkerResult *result)
 {
 	Oid			extension;
 	Oid			table;
@@ -200,7 +242,7 @@ sweep_batch(Sweep *sweep, WorkerResult *result)
 	SetCurrentStatementStartTimestamp();
 	StartTransactionCommand();
 	PushActiveSnapshot(GetTransactionSnapshot());
-	pgstat_report_activity(STATE_RUNNING, "idempotency sweep");
+	pgstat_report_activity(STATE_RUNNING, activity);
 
 	extension = get_extension_oid(EXTENSION_NAME, true);
 	if (!OidIsValid(extension))
@@ -209,7 +251,11 @@ sweep_batch(Sweep *sweep, WorkerResult *result)
 		*result = WORKER_INTERRUPTED;
 	else
 	{
-		more = sweep_as_owner(sweep, table);
+		Owner		owner;
+
+		OwnerBecome(&owner, table);
+		more = batch(table, state);
+		OwnerLeave(&owner);
 		*result = more ? WORKER_INTERRUPTED : WORKER_DONE;
 	}
 
@@ -238,29 +284,27 @@ lock_table(Oid extension, Oid *table)
 		StoreTable() == *table;
 }
 
-/*
- * Sweep one batch with the rights of the owner of the table, who cannot make
- * settings or a role outlast it.
- */
 static bool
-sweep_as_owner(Sweep *sweep, Oid table)
+flush_batch(Oid table, void *state)
 {
-	Relation	rel = table_open(table, NoLock);
-	Oid			owner = rel->rd_rel->relowner;
-	Oid			user;
-	int			sec_context;
-	int			nest_level = NewGUCNestLevel();
-	bool		more;
+	FlushMetrics();
+	return false;
+}
 
-	table_close(rel, NoLock);
+static bool
+watch_batch(Oid table, void *state)
+{
+	Watch	   *watch = state;
+	bool		more = WatchBatch(watch, table);
 
-	GetUserIdAndSecContext(&user, &sec_context);
-	SetUserIdAndSecContext(owner, sec_context | SECURITY_RESTRICTED_OPERATION);
-	more = SweepBatch(sweep);
-	AtEOXact_GUC(false, nest_level);
-	SetUserIdAndSecContext(user, sec_context);
-
+	WorkerStatusSetWatch(watch);
 	return more;
+}
+
+static bool
+sweep_batch(Oid table, void *state)
+{
+	return SweepBatch((Sweep *) state);
 }
 
 static char *

@@ -22,6 +22,10 @@ typedef enum WorkerResult
 	WORKER_DONE
 } WorkerResult;
 
+/* What a worker is to do, in the extra data that it is registered with */
+#define WORKER_SWEEP		0x01
+#define WORKER_MEASURE		0x02	/* flush metrics, and watch leases */
+
 /* What the launcher shares with others */
 typedef struct WorkerState
 {

@@ -58,6 +58,7 @@ typedef struct WorkerStatus
 	TimestampTz last_error_at;	/* 0 for never */
 	char		last_error[MAX_ERROR_LENGTH + 1];
 	int			failures;		/* of workers, since a sweep ended well */
+	Watch		watch;			/* over leases */
 } WorkerStatus;
 
 static void request_shmem(void);
@@ -127,6 +128,37 @@ WorkerStatusFailed(const char *message)
 	status->last_error_at = GetCurrentTimestamp();
 	status->failures++;
 	LWLockRelease(lock);
+}
+
+/*
+ * Note how far the watch over the leases of this database has got.
+ */
+void
+WorkerStatusSetWatch(const Watch *watch)
+{
+	WorkerStatus *status = lock_own_status();
+
+	if (status == NULL)
+		return;
+
+	status->watch = *watch;
+	LWLockRelease(lock);
+}
+
+/*
+ * Get how far it has got.  Returns false where there is no room to keep that.
+ */
+bool
+WorkerStatusGetWatch(Watch *watch)
+{
+	WorkerStatus *status = lock_own_status();
+
+	if (status == NULL)
+		return false;
+
+	*watch = status->watch;
+	LWLockRelease(lock);
+	return true;
 }
 
 /*

@@ -12,10 +12,13 @@
 
 #include "nodes/pg_list.h"
 #include "sweep.h"
+#include "watch.h"
 
 extern void WorkerStatusInit(void);
 extern void WorkerStatusSwept(const Sweep *sweep, bool behind);
 extern void WorkerStatusFailed(const char *message);
+extern void WorkerStatusSetWatch(const Watch *watch);
+extern bool WorkerStatusGetWatch(Watch *watch);
 extern List *WorkerStatusDatabases(void);
 extern void WorkerStatusForget(Oid database);
 

@@ -1,0 +1,166 @@
+/*-------------------------------------------------------------------------
+ *
+ * watch.c
+ *	  Watching leases: which are in flight, and which have run out.
+ *
+ * No process is there to tell when a lease runs out.  So a background worker
+ * looks for those that have, to have them counted and logged, and counts all
+ * leases by their action on this occasion.
+ *
+ * It has to read the whole table for that, because an index that finds leases
+ * would forbid checkpoint and finish to update them in place.  So it looks only
+ * so often that this takes a hundredth of the time, and reads a part of the
+ * table in each transaction, so that it is in nobody's way for long.  How far
+ * it got is kept in shared memory, for the next worker to go on.
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "idempotency.h"
+
+#include "access/table.h"
+#include "catalog/pg_type_d.h"
+#include "event.h"
+#include "executor/spi.h"
+#include "metrics.h"
+#include "scope.h"
+#include "storage/bufmgr.h"
+#include "storage/itemptr.h"
+#include "utils/builtins.h"
+#include "utils/lsyscache.h"
+#include "utils/rel.h"
+#include "utils/timestamp.h"
+#include "watch.h"
+
+#define BATCH_BLOCKS	1024
+#define PART_OF_TIME	100		/* a look takes one part in so many */
+
+/* Columns of the query, after those of the scope */
+enum
+{
+	WATCH_ATTEMPT = SCOPE_PARTS,
+	WATCH_CREATED_AT,
+	WATCH_LEASE_EXPIRES_AT,
+	WATCH_COLUMNS
+};
+
+static BlockNumber count_blocks(Oid table);
+static void watch_blocks(const Watch *watch, Oid table, BlockNumber end);
+static void watch_row(const Watch *watch, HeapTuple row, TupleDesc desc);
+
+/*
+ * Start to look, or get ready to go on.  Returns false if it is too early to
+ * look again.
+ */
+bool
+WatchStart(Watch *watch)
+{
+	TimestampTz now = GetCurrentTimestamp();
+
+	if (watch->until != 0)
+		return true;
+	if (now < watch->due)
+		return false;
+
+	watch->until = now;
+	watch->next = 0;
+	watch->spent = 0;
+	MetricsForgetLeases();
+	return true;
+}
+
+/*
+ * Look at the next part of the table of records, which is locked.  Returns
+ * whether there is more.
+ */
+bool
+WatchBatch(Watch *watch, Oid table)
+{
+	TimestampTz start = GetCurrentTimestamp();
+	BlockNumber blocks = count_blocks(table);
+
+	if (watch->next < blocks)
+	{
+		BlockNumber end = watch->next + Min(BATCH_BLOCKS, blocks - watch->next);
+
+		watch_blocks(watch, table, end);
+		watch->next = end;
+	}
+	watch->spent += Max(GetCurrentTimestamp() - start, 0);
+	if (watch->next < blocks)
+		return true;
+
+	MetricsPublishLeases();
+	watch->since = watch->until;
+	watch->until = 0;
+	watch->due = watch->since + watch->spent * PART_OF_TIME;
+	return false;
+}
+
+static BlockNumber
+count_blocks(Oid table)
+{
+	Relation	rel = table_open(table, NoLock);
+	BlockNumber result = RelationGetNumberOfBlocks(rel);
+
+	table_close(rel, NoLock);
+	return result;
+}
+
+/*
+ * Look at the leases in the blocks from the next one up to an end.
+ */
+static void
+watch_blocks(const Watch *watch, Oid table, BlockNumber end)
+{
+	Oid			types[] = {TIDOID, TIDOID};
+	ItemPointerData tids[2];
+	Datum		values[] = {PointerGetDatum(&tids[0]), PointerGetDatum(&tids[1])};
+	char	   *query;
+
+	ItemPointerSet(&tids[0], watch->next, 0);
+	ItemPointerSet(&tids[1], end, 0);
+	query = psprintf("SELECT tenant, action, key, actor, attempt, created_at, lease_expires_at"
+					 " FROM %s WHERE ctid >= $1 AND ctid < $2 AND state = 'pending'"
+					 " AND lease_expires_at IS NOT NULL AND expires_at > clock_timestamp()",
+					 quote_qualified_identifier(get_namespace_name(get_rel_namespace(table)),
+												get_rel_name(table)));
+
+	SPI_connect();
+	if (SPI_execute_with_args(query, 2, types, values, NULL, true, 0) != SPI_OK_SELECT)
+		elog(ERROR, "could not read leases");
+	for (uint64 i = 0; i < SPI_processed; i++)
+		watch_row(watch, SPI_tuptable->vals[i], SPI_tuptable->tupdesc);
+	SPI_finish();
+}
+
+/*
+ * Count a lease, and report it if it has run out since the last look.
+ */
+static void
+watch_row(const Watch *watch, HeapTuple row, TupleDesc desc)
+{
+	Datum		values[WATCH_COLUMNS];
+	bool		nulls[WATCH_COLUMNS];
+	TimestampTz lease_expires_at;
+	Scope		scope;
+
+	heap_deform_tuple(row, desc, values, nulls);
+	if (!ScopeFromParts(&scope, values))
+		return;
+
+	lease_expires_at = DatumGetTimestampTz(values[WATCH_LEASE_EXPIRES_AT]);
+	if (lease_expires_at > watch->since && lease_expires_at <= watch->until)
+	{
+		Event		event = {
+			.class = EVENT_STALLED,
+			.name = &scope.name,
+			.attempt = DatumGetInt32(values[WATCH_ATTEMPT]),
+			.since = DatumGetTimestampTz(values[WATCH_CREATED_AT]),
+		};
+
+		EventHappened(&event);
+	}
+	if (MetricsEnabled())
+		MetricsCountLease(MetricsFind(ScopeNameAction(&scope.name)),
+						  lease_expires_at <= watch->until);
+}
