@@ -102,6 +102,8 @@ static Oid	find_expiry_index(Relation rel);
 static void refuse_triggers(Relation rel);
 static Snapshot push_lookup_snapshot(Store *store);
 static bool fetch_next(Store *store, IndexScanDesc scan);
+static bool is_in_snapshot(Store *store, IndexScanDesc scan);
+static bool next_expired_entry(Store *store);
 static void open_index(Store *store, Oid index);
 static void open_slot(Store *store);
 static bool fetch_row(Store *store, const Scope *scope);
@@ -420,22 +422,28 @@ StoreDelete(Store *store, bool wait)
 }
 
 /*
- * Start to read the records that expire from one time until another, in the
- * order of that time.
+ * Start to read the records that expire until some time, in the order of the
+ * index, after a position.
+ *
+ * Reading moves the position, from which one may go on in another transaction:
+ * the index has entries that expire at once in the order of their rows, so the
+ * position need not be that of an entry that is still there.
  */
 void
-StoreBeginExpired(Store *store, TimestampTz from, TimestampTz until)
+StoreBeginExpired(Store *store, StorePosition *position, TimestampTz until)
 {
 	ScanKeyData keys[2];
 
 	ScanKeyInit(&keys[0], 1, BTGreaterEqualStrategyNumber, F_TIMESTAMPTZ_GE,
-				TimestampTzGetDatum(from));
+				TimestampTzGetDatum(position->expires_at));
 	ScanKeyInit(&keys[1], 1, BTLessEqualStrategyNumber, F_TIMESTAMPTZ_LE,
 				TimestampTzGetDatum(until));
 
 	open_index(store, find_expiry_index(store->rel));
+	store->position = position;
 	store->expired = index_beginscan(store->rel, store->index,
 									 push_lookup_snapshot(store), NULL, 2, 0);
+	store->expired->xs_want_itup = true;
 	index_rescan(store->expired, keys, 2, NULL, 0);
 }
 
@@ -445,11 +453,17 @@ StoreBeginExpired(Store *store, TimestampTz from, TimestampTz until)
 bool
 StoreNextExpired(Store *store, Record *record)
 {
-	if (!fetch_next(store, store->expired))
-		return false;
+	IndexScanDesc scan = store->expired;
 
-	get_record(store, record);
-	return true;
+	while (scan->xs_heap_continue || next_expired_entry(store))
+	{
+		if (index_fetch_heap(scan, store->slot) && is_in_snapshot(store, scan))
+		{
+			get_record(store, record);
+			return true;
+		}
+	}
+	return false;
 }
 
 /*
@@ -681,7 +695,8 @@ check_primary_key(Relation rel)
 }
 
 /*
- * The index that has records in the order of their expiry.
+ * The index that has records in the order of their expiry, and of their place
+ * in the table when they expire at once; with a second column it would not.
  *
  * What the predicate of a partial index says does not matter.  To ask the
  * relation cache for it would evaluate its constant parts, which are functions
@@ -699,6 +714,7 @@ find_expiry_index(Relation rel)
 		Form_pg_index form = index->rd_index;
 		bool		matches = index->rd_rel->relam == BTREE_AM_OID &&
 			form->indisvalid &&
+			form->indnkeyatts == 1 &&
 			form->indkey.values[0] == Anum_idempotency_key_expires_at &&
 			index->rd_indoption[0] == 0 &&
 			heap_attisnull(index->rd_indextuple, Anum_pg_index_indpred, NULL);
@@ -757,10 +773,54 @@ fetch_next(Store *store, IndexScanDesc scan)
 {
 	while (index_getnext_slot(scan, ForwardScanDirection, store->slot))
 	{
-		if (scan->xs_snapshot != SnapshotAny ||
-			table_tuple_satisfies_snapshot(store->rel, store->slot,
-										   GetActiveSnapshot()))
+		if (is_in_snapshot(store, scan))
 			return true;
+	}
+	return false;
+}
+
+/*
+ * Whether the row that a scan has put into the slot is in the active snapshot.
+ */
+static bool
+is_in_snapshot(Store *store, IndexScanDesc scan)
+{
+	return scan->xs_snapshot != SnapshotAny ||
+		table_tuple_satisfies_snapshot(store->rel, store->slot,
+									   GetActiveSnapshot());
+}
+
+/*
+ * Go on to the next index entry of an expired record, and the position to it.
+ *
+ * Entries up to the position are passed over.  A look at the row of one that is
+ * dead to everybody lets the index forget it; after the first that is not, for
+ * an old snapshot has kept it, there is no looking at the others.
+ */
+static bool
+next_expired_entry(Store *store)
+{
+	IndexScanDesc scan = store->expired;
+	StorePosition *position = store->position;
+	ItemPointer tid;
+	bool		dead = true;
+
+	while ((tid = index_getnext_tid(scan, ForwardScanDirection)) != NULL)
+	{
+		bool		isnull;
+		TimestampTz expires_at =
+			DatumGetTimestampTz(index_getattr(scan->xs_itup, 1,
+											  scan->xs_itupdesc, &isnull));
+
+		if (expires_at > position->expires_at ||
+			ItemPointerCompare(tid, &position->tid) > 0)
+		{
+			position->expires_at = expires_at;
+			position->tid = *tid;
+			return true;
+		}
+		if (dead)
+			dead = !index_fetch_heap(scan, store->slot) && scan->kill_prior_tuple;
 	}
 	return false;
 }

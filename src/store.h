@@ -85,6 +85,13 @@ typedef enum RowLock
 	ROW_CHANGED					/* somebody updated or deleted it */
 } RowLock;
 
+/* How far the reading of expired records has got */
+typedef struct StorePosition
+{
+	TimestampTz expires_at;
+	ItemPointerData tid;		/* among those that expire at once */
+} StorePosition;
+
 /* The table, open for the length of one call */
 typedef struct Store
 {
@@ -95,6 +102,7 @@ typedef struct Store
 	struct StoreWriter *writer; /* null before the first write */
 	uint64		snapshot_count; /* of the last lookup, see StoreIsCurrent() */
 	IndexScanDesc expired;		/* while expired records are being read */
+	StorePosition *position;	/* of the last of them */
 } Store;
 
 extern void StoreInit(void);
@@ -113,7 +121,8 @@ extern bool StoreInsertUnlessFound(Store *store, const Record *record,
 extern void StoreUpdate(Store *store, const Record *record);
 extern bool StoreDelete(Store *store, bool wait);
 
-extern void StoreBeginExpired(Store *store, TimestampTz from, TimestampTz until);
+extern void StoreBeginExpired(Store *store, StorePosition *position,
+							  TimestampTz until);
 extern bool StoreNextExpired(Store *store, Record *record);
 extern void StoreEndExpired(Store *store);
 

@@ -14,8 +14,9 @@
  * number of sweeps can run at once, beside any load.
  *
  * The next batch starts where the last one ended, so that rows that were
- * passed over do not keep a sweep from its end, and index entries that were
- * deleted but not vacuumed are not read again for each batch.
+ * passed over do not keep a sweep from its end, and rows that were deleted but
+ * not vacuumed are not looked at again for each batch.  Where many records
+ * expire at once, only their index entries are read again.
  *
  * Losing the last batches in a crash costs nothing, so commits do not wait
  * for the disk, or for a standby.
@@ -148,7 +149,8 @@ void
 SweepStart(Sweep *sweep, int batch_size, int64 duration)
 {
 	sweep->batch_size = batch_size;
-	sweep->from = DT_NOBEGIN;
+	sweep->position.expires_at = DT_NOBEGIN;
+	ItemPointerSet(&sweep->position.tid, 0, InvalidOffsetNumber);
 	sweep->until = GetCurrentTimestamp();
 	sweep->deadline = duration < DT_NOEND - sweep->until ?
 		sweep->until + duration : DT_NOEND;
@@ -171,12 +173,10 @@ SweepBatch(Sweep *sweep)
 	int			deleted = 0;
 
 	StoreOpen(&store, RowExclusiveLock);
-	StoreBeginExpired(&store, sweep->from, sweep->until);
+	StoreBeginExpired(&store, &sweep->position, sweep->until);
 	while (deleted < sweep->batch_size && StoreNextExpired(&store, &record))
 	{
 		CHECK_FOR_INTERRUPTS();
-
-		sweep->from = DatumGetTimestampTz(RecordValue(&record, expires_at));
 
 		MemoryContextSwitchTo(row_context);
 		if (!is_claimed(&record) && StoreDelete(&store, false))

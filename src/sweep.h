@@ -11,12 +11,13 @@
 #include "postgres.h"
 
 #include "datatype/timestamp.h"
+#include "store.h"
 
 /* A sweep under way */
 typedef struct Sweep
 {
 	int			batch_size;		/* rows to delete in one transaction */
-	TimestampTz from;			/* where the next batch starts */
+	StorePosition position;		/* where the last batch ended */
 	TimestampTz until;			/* records that expire later are left alone */
 	TimestampTz deadline;		/* no batch starts after this */
 	int64		swept;			/* rows deleted so far */
