@@ -85,6 +85,13 @@ COMMENT ON COLUMN idempotency_response.response IS
 -- With more room, inserts would leave a page before it is so full that it is
 -- pruned, and the table would grow severalfold between two vacuums.
 --
+-- Every day as many rows die as there are.  Vacuum after a twentieth of them, in
+-- place of the server's fifth, keeps table and indexes 14 % larger than fresh ones
+-- instead of 31 %, for twice as many passes over the indexes; more passes than
+-- that gain little.  Most of the upkeep would be analyze, ten times the CPU time
+-- of vacuum, for statistics that change little and that only the views need; so
+-- it is done after half of the rows instead of a tenth (see bench/day).
+--
 
 CREATE TABLE idempotency_key (
     tenant text COLLATE "C" NOT NULL,
@@ -106,7 +113,11 @@ CREATE TABLE idempotency_key (
     expires_at timestamptz NOT NULL,
     ttl interval,
     PRIMARY KEY (key, tenant, action, actor)
-) WITH (fillfactor = 95);
+) WITH (
+    fillfactor = 95,
+    autovacuum_vacuum_scale_factor = 0.05,
+    autovacuum_analyze_scale_factor = 0.5
+);
 
 CREATE INDEX idempotency_key_expires_at_idx ON idempotency_key (expires_at);
 

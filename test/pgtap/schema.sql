@@ -128,6 +128,14 @@ SELECT results_eq(
              ('expires_at', 'timestamp with time zone', true, NULL),
              ('ttl', 'interval', false, NULL)$$,
     'columns of idempotency_key');
+SELECT results_eq(
+    $$SELECT option_name, option_value
+      FROM pg_class, pg_options_to_table(reloptions)
+      WHERE pg_class.oid = 'idempotency_key'::regclass ORDER BY option_name$$,
+    $$VALUES ('autovacuum_analyze_scale_factor', '0.5'),
+             ('autovacuum_vacuum_scale_factor', '0.05'),
+             ('fillfactor', '95')$$,
+    'storage parameters of idempotency_key');
 SELECT is_empty(
     $$SELECT attname FROM member_column
       WHERE relname = 'idempotency_key' AND (atthasdef OR attisdropped OR attidentity <> '')$$,
