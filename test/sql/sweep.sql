@@ -179,6 +179,16 @@ SELECT key FROM idempotency_key ORDER BY key;
 COMMIT PREPARED 'locked';
 CALL idempotency_sweep();
 SELECT count(*) FROM idempotency_key;
+-- and among those that expire at once
+SELECT add_records('old', 5);
+UPDATE idempotency_key SET expires_at = '2020-01-01';
+BEGIN;
+SELECT key FROM idempotency_key WHERE key IN ('k1', 'k3') ORDER BY key FOR UPDATE;
+PREPARE TRANSACTION 'locked';
+CALL idempotency_sweep(1);
+SELECT key FROM idempotency_key ORDER BY key;
+COMMIT PREPARED 'locked';
+CALL idempotency_sweep(1);
 -- what is pending goes like the rest when its time is over, and not before,
 -- however long nobody has finished it
 SELECT add_records('old', 3);
@@ -245,6 +255,17 @@ SELECT 'partial'::regclass::oid < 'idempotency_key_expires_at_idx'::regclass::oi
 \c -
 CALL idempotency_sweep();
 DROP INDEX partial;
+
+-- nor does it use one that has more columns, and another order of records that
+-- expire at once
+CREATE INDEX wide ON idempotency_key (expires_at, key);
+REINDEX INDEX CONCURRENTLY idempotency_key_expires_at_idx;
+SELECT 'wide'::regclass::oid < 'idempotency_key_expires_at_idx'::regclass::oid AS comes_first;
+INSERT INTO idempotency_key (tenant, action, key, actor, state, attempt, created_at, expires_at)
+SELECT 't', 'wide', 'k' || 9 - i, '', 'completed', 1, '2020-01-01', '2020-01-02'
+FROM generate_series(1, 5) i;
+CALL idempotency_sweep(1);
+DROP INDEX wide;
 
 DROP FUNCTION add_records, chunks, tell;
 DROP EXTENSION idempotency;
