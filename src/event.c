@@ -258,6 +258,6 @@ commit_events(void)
 							METRIC_RUN_TIME_HISTOGRAM, event->run_time);
 		}
 		if (event->log != NULL)
-			LogWrite(event->class, event->log);
+			LogWriteAtCommit(event->class, event->log);
 	}
 }

@@ -13,6 +13,11 @@
  * statement and the context are left out, because they may contain what
  * idempotency.log_key keeps from the log.
  *
+ * A line that is written when a transaction has committed must not fail, or the
+ * server would have to stop.  So no function that describes a context is called,
+ * which could look for something in the catalogs, and a client is told nothing,
+ * because the words may have no equivalent in its encoding.
+ *
  *-------------------------------------------------------------------------
  */
 #include "idempotency.h"
@@ -25,6 +30,7 @@
 #include "log.h"
 #include "mb/pg_wchar.h"
 #include "nodes/pg_list.h"
+#include "tcop/tcopprot.h"
 #include "utils/builtins.h"
 #include "utils/fmgrprotos.h"
 #include "utils/guc.h"
@@ -149,11 +155,27 @@ LogMakeDetail(const Event *event)
 void
 LogWrite(EventClass class, const char *detail)
 {
+	ErrorContextCallback *context = error_context_stack;
+
+	error_context_stack = NULL;
 	ereport(log_level,
 			(errmsg("idempotency event \"%s\"", EventClassName(class)),
 			 errdetail_log("%s", detail),
-			 errhidestmt(true),
-			 errhidecontext(true)));
+			 errhidestmt(true)));
+	error_context_stack = context;
+}
+
+/*
+ * The same when the transaction has committed, while interrupts are held off.
+ */
+void
+LogWriteAtCommit(EventClass class, const char *detail)
+{
+	CommandDest dest = whereToSendOutput;
+
+	whereToSendOutput = DestNone;
+	LogWrite(class, detail);
+	whereToSendOutput = dest;
 }
 
 /*

@@ -16,5 +16,6 @@ extern void LogInit(void);
 extern bool LogWants(EventClass class);
 extern char *LogMakeDetail(const Event *event);
 extern void LogWrite(EventClass class, const char *detail);
+extern void LogWriteAtCommit(EventClass class, const char *detail);
 
 #endif							/* IDEMPOTENCY_LOG_H */
