@@ -16,8 +16,8 @@
  *
  * The values only grow.  What of them has been written to the table of metrics
  * is kept beside them (see flush.c).  Both are saved to a file when the server
- * is shut down, and read back when it starts.  The file is removed then, so
- * that after a crash nothing is counted twice; what was not flushed is lost.
+ * is shut down, and read back when it starts.  The file is removed before that,
+ * so that after a crash nothing is counted twice; what was not flushed is lost.
  *
  *-------------------------------------------------------------------------
  */
@@ -26,6 +26,8 @@
 #include <math.h>
 #include <unistd.h>
 
+#include "catalog/pg_control.h"
+#include "common/controldata_utils.h"
 #include "common/hashfn.h"
 #include "funcapi.h"
 #include "metrics.h"
@@ -88,6 +90,7 @@ static void put_row(ReturnSetInfo *rsinfo, ActionMetrics *metrics);
 static void put_times(Datum *values, bool *nulls, uint64 sum,
 					  const uint64 *histogram);
 static void dump(int code, Datum arg);
+static bool is_shut_down(void);
 static void load(void);
 static bool write_dump(FILE *file);
 static bool read_dump(FILE *file);
@@ -552,7 +555,7 @@ dump(int code, Datum arg)
 {
 	FILE	   *file;
 
-	if (code != 0 || entries == NULL)
+	if (entries == NULL || !is_shut_down())
 		return;
 
 	file = AllocateFile(DUMP_FILE ".tmp", PG_BINARY_W);
@@ -569,7 +572,24 @@ dump(int code, Datum arg)
 }
 
 /*
- * Read what was saved, and remove the file.
+ * Whether nothing was committed that is not on disk.
+ *
+ * The exit code of the postmaster does not tell: after a stop in immediate mode
+ * it is as if all were well, and a start that failed for an error in a
+ * configuration file has read what was saved, and must not lose it.
+ */
+static bool
+is_shut_down(void)
+{
+	bool		crc_ok;
+	ControlFileData *control = get_controlfile(DataDir, &crc_ok);
+
+	return crc_ok && (control->state == DB_SHUTDOWNED ||
+					  control->state == DB_SHUTDOWNED_IN_RECOVERY);
+}
+
+/*
+ * Remove the file with what was saved, and read it.
  */
 static void
 load(void)
@@ -585,12 +605,11 @@ load(void)
 		return;
 	}
 
-	if (!read_dump(file))
+	if (durable_unlink(DUMP_FILE, LOG) == 0 && !read_dump(file))
 		ereport(LOG,
 				(errcode(ERRCODE_DATA_CORRUPTED),
 				 errmsg("ignoring invalid data in file \"%s\"", DUMP_FILE)));
 	FreeFile(file);
-	(void) durable_unlink(DUMP_FILE, LOG);
 }
 
 /*
