@@ -44,6 +44,8 @@ static void add_pending(EventClass class, ActionMetrics *metrics, uint64 count,
 static void at_end_of_xact(XactEvent event, void *arg);
 static void at_end_of_subxact(SubXactEvent event, SubTransactionId mySubid,
 							  SubTransactionId parentSubid, void *arg);
+static void commit_level(int level);
+static void abort_level(int level);
 static void commit_events(void);
 
 static const char *const class_names[EVENT_CLASSES] = {
@@ -218,23 +220,49 @@ at_end_of_subxact(SubXactEvent event, SubTransactionId mySubid,
 				  SubTransactionId parentSubid, void *arg)
 {
 	int			level = GetCurrentTransactionNestLevel();
-	dlist_mutable_iter iter;
 
-	if (dlist_is_empty(&pending) ||
-		(event != SUBXACT_EVENT_COMMIT_SUB && event != SUBXACT_EVENT_ABORT_SUB))
-		return;
+	if (event == SUBXACT_EVENT_COMMIT_SUB)
+		commit_level(level);
+	else if (event == SUBXACT_EVENT_ABORT_SUB)
+		abort_level(level);
+}
 
-	dlist_foreach_modify(iter, &pending)
+/*
+ * A savepoint was released: what happened in it now goes with its parent.
+ *
+ * Its events are the last ones in the list.
+ */
+static void
+commit_level(int level)
+{
+	dlist_iter	iter;
+
+	dlist_reverse_foreach(iter, &pending)
 	{
-		PendingEvent *pending_event = dlist_container(PendingEvent, node,
-													  iter.cur);
+		PendingEvent *event = dlist_container(PendingEvent, node, iter.cur);
 
-		if (pending_event->level < level)
-			continue;
-		if (event == SUBXACT_EVENT_COMMIT_SUB)
-			pending_event->level = level - 1;
-		else
-			dlist_delete(&pending_event->node);
+		if (event->level < level)
+			break;
+		event->level = level - 1;
+	}
+}
+
+/*
+ * A savepoint was rolled back, and what happened in it with it.
+ */
+static void
+abort_level(int level)
+{
+	while (!dlist_is_empty(&pending))
+	{
+		PendingEvent *event = dlist_tail_element(PendingEvent, node, &pending);
+
+		if (event->level < level)
+			break;
+		dlist_delete(&event->node);
+		if (event->log != NULL)
+			pfree(event->log);
+		pfree(event);
 	}
 }
 
