@@ -1,6 +1,7 @@
 --
 -- The log: which events are logged, and what the client sees of that.  The
--- detail goes to the server's log only (test/t/024_log.pl looks there).
+-- detail goes to the server's log only (test/t/024_log.pl looks there), and so
+-- does all of what is logged after a commit.
 --
 CREATE EXTENSION idempotency;
 SET client_min_messages = log;
