@@ -323,7 +323,7 @@ finish_lease(Scope *scope, int attempt, const Answer *answer)
 	}
 
 	if (RecordGetState(&record) != RECORD_PENDING ||
-			 LeaseIsReleased(&record))
+		LeaseIsReleased(&record))
 		ereport(ERROR,
 				(errcode(ERRCODE_IDEMPOTENCY_NO_CLAIM),
 				 errmsg("no such claim"),

@@ -100,7 +100,7 @@ FlushInit(void)
 void
 FlushMetrics(void)
 {
-	Oid			extension = get_extension_oid("idempotency", true);
+	Oid			extension = get_extension_oid(EXTENSION_NAME, true);
 	Oid			schema;
 	Oid			table;
 	Owner		owner;

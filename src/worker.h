@@ -18,7 +18,7 @@ typedef enum WorkerResult
 {
 	WORKER_FAILED,				/* by an error, which is in the log */
 	WORKER_NO_EXTENSION,
-	WORKER_INTERRUPTED,			/* somebody needs what it works on, or time is up */
+	WORKER_INTERRUPTED,			/* somebody needs what it uses, or time is up */
 	WORKER_DONE
 } WorkerResult;
 

@@ -73,7 +73,9 @@ SELECT set_eq(
           'idempotency_event_key', 'idempotency_sweep',
           'idempotency_schedule', 'idempotency_unschedule',
           'idempotency_in_flight', 'idempotency_tracking',
-          'idempotency_worker_status'],
+          'idempotency_worker_status', 'idempotency_stats',
+          'idempotency_metrics_room', 'idempotency_percentile',
+          'idempotency_histogram_add', 'idempotency_histogram_sum'],
     'functions');
 SELECT is((SELECT count(*) FROM member_function),
           (SELECT count(DISTINCT proname) FROM member_function),
@@ -81,8 +83,11 @@ SELECT is((SELECT count(*) FROM member_function),
 SELECT set_eq(
     'SELECT relname::text, relkind::text, relpersistence::text FROM member_relation',
     $$VALUES ('idempotency_key', 'r', 'p'), ('idempotency_in_flight', 'v', 'p'),
-             ('idempotency_stalled', 'v', 'p')$$,
-    'a table and two views');
+             ('idempotency_stalled', 'v', 'p'), ('idempotency_stats', 'v', 'p'),
+             ('idempotency_metric', 'r', 'p'),
+             ('idempotency_replay_ratio', 'v', 'p'),
+             ('idempotency_health', 'v', 'p')$$,
+    'tables and views');
 SELECT set_eq(
     'SELECT typname::text, typtype::text FROM member_type',
     $$VALUES ('idempotency_state', 'e'), ('idempotency_result', 'c'),
@@ -174,9 +179,29 @@ SELECT is_empty(
 SELECT set_eq(
     $$SELECT extconfig, extcondition, extrelocatable
       FROM pg_extension WHERE extname = 'idempotency'$$,
-    $$SELECT ARRAY['idempotency_key'::regclass::oid] AS config,
-             ARRAY[''] AS condition, false AS relocatable$$,
-    'all of idempotency_key is dumped');
+    $$SELECT ARRAY['idempotency_key'::regclass::oid,
+                   'idempotency_metric'::regclass::oid] AS config,
+             ARRAY['', ''] AS condition, false AS relocatable$$,
+    'all of the two tables is dumped');
+
+--
+-- The table of metrics
+--
+
+SELECT is_empty(
+    $$SELECT attname FROM member_column
+      WHERE relname = 'idempotency_metric' AND
+            (NOT attnotnull OR atthasdef OR attisdropped OR attidentity <> '')$$,
+    'no column of idempotency_metric can be null, has a default or was dropped');
+SELECT col_is_pk(
+    :'schema', 'idempotency_metric', ARRAY['bucket', 'action'],
+    'primary key of idempotency_metric');
+SELECT is_empty(
+    $$SELECT conname FROM pg_constraint
+      WHERE conrelid = 'idempotency_metric'::regclass AND contype NOT IN ('n', 'p')
+      UNION ALL
+      SELECT tgname FROM pg_trigger WHERE tgrelid = 'idempotency_metric'::regclass$$,
+    'idempotency_metric has no other constraint, and no trigger');
 
 --
 -- The other rows
@@ -229,6 +254,89 @@ SELECT results_eq(
              ('started_at', 'timestamp with time zone'),
              ('lease_expires_at', 'timestamp with time zone')$$,
     'columns of idempotency_stalled');
+
+SELECT results_eq(
+    $$SELECT attname::text COLLATE "default", format_type(atttypid, atttypmod)
+      FROM member_column WHERE relname = 'idempotency_stats' ORDER BY attnum$$,
+    $$VALUES ('action', 'text'),
+             ('started', 'bigint'),
+             ('replayed', 'bigint'),
+             ('in_flight', 'bigint'),
+             ('mismatched', 'bigint'),
+             ('expired', 'bigint'),
+             ('stalled', 'bigint'),
+             ('taken_over', 'bigint'),
+             ('completed', 'bigint'),
+             ('errored', 'bigint'),
+             ('released', 'bigint'),
+             ('swept', 'bigint'),
+             ('held', 'integer'),
+             ('leases', 'integer'),
+             ('stalled_leases', 'integer'),
+             ('run_time', 'double precision'),
+             ('run_time_p50', 'double precision'),
+             ('run_time_p95', 'double precision'),
+             ('run_time_p99', 'double precision'),
+             ('run_time_histogram', 'bigint[]'),
+             ('lookup_time', 'double precision'),
+             ('lookup_time_p50', 'double precision'),
+             ('lookup_time_p95', 'double precision'),
+             ('lookup_time_p99', 'double precision'),
+             ('lookup_time_histogram', 'bigint[]'),
+             ('since', 'timestamp with time zone')$$,
+    'columns of idempotency_stats');
+SELECT results_eq(
+    $$SELECT attname::text COLLATE "default", format_type(atttypid, atttypmod)
+      FROM member_column WHERE relname = 'idempotency_metric' ORDER BY attnum$$,
+    $$VALUES ('bucket', 'timestamp with time zone'),
+             ('action', 'text'),
+             ('started', 'bigint'),
+             ('replayed', 'bigint'),
+             ('in_flight', 'bigint'),
+             ('mismatched', 'bigint'),
+             ('expired', 'bigint'),
+             ('stalled', 'bigint'),
+             ('taken_over', 'bigint'),
+             ('completed', 'bigint'),
+             ('errored', 'bigint'),
+             ('released', 'bigint'),
+             ('swept', 'bigint'),
+             ('run_time', 'double precision'),
+             ('lookup_time', 'double precision'),
+             ('run_time_histogram', 'bigint[]'),
+             ('lookup_time_histogram', 'bigint[]')$$,
+    'columns of idempotency_metric');
+SELECT results_eq(
+    $$SELECT attname::text COLLATE "default", format_type(atttypid, atttypmod)
+      FROM member_column WHERE relname = 'idempotency_replay_ratio' ORDER BY attnum$$,
+    $$VALUES ('day', 'date'),
+             ('action', 'text'),
+             ('requests', 'numeric'),
+             ('duplicates', 'numeric'),
+             ('ratio', 'numeric'),
+             ('on_target', 'boolean')$$,
+    'columns of idempotency_replay_ratio');
+SELECT results_eq(
+    $$SELECT attname::text COLLATE "default", format_type(atttypid, atttypmod)
+      FROM member_column WHERE relname = 'idempotency_health' ORDER BY attnum$$,
+    $$VALUES ('version', 'text'),
+             ('preloaded', 'boolean'),
+             ('worker', 'text'),
+             ('last_sweep_at', 'timestamp with time zone'),
+             ('last_swept', 'bigint'),
+             ('last_duration', 'interval'),
+             ('last_error', 'text'),
+             ('last_error_at', 'timestamp with time zone'),
+             ('pending', 'bigint'),
+             ('completed', 'bigint'),
+             ('errored', 'bigint'),
+             ('oldest_expired_at', 'timestamp with time zone'),
+             ('in_flight', 'bigint'),
+             ('stalled', 'bigint'),
+             ('table_size', 'bigint'),
+             ('index_size', 'bigint'),
+             ('warnings', 'text[]')$$,
+    'columns of idempotency_health');
 
 --
 -- Functions: arguments with their defaults, result, and what may be done with
@@ -286,12 +394,26 @@ SELECT set_eq(
        'record', 'f', 'v', false, 's'),
       ('idempotency_worker_status',
        'OUT state text, OUT last_sweep_at timestamp with time zone, OUT swept bigint, OUT duration interval, OUT behind boolean, OUT last_error text, OUT last_error_at timestamp with time zone, OUT failures integer',
-       'record', 'f', 'v', false, 's')$$,
+       'record', 'f', 'v', false, 's'),
+      ('idempotency_stats',
+       'OUT action text, OUT started bigint, OUT replayed bigint, OUT in_flight bigint, OUT mismatched bigint, OUT expired bigint, OUT stalled bigint, OUT taken_over bigint, OUT completed bigint, OUT errored bigint, OUT released bigint, OUT swept bigint, OUT held integer, OUT leases integer, OUT stalled_leases integer, OUT run_time double precision, OUT run_time_p50 double precision, OUT run_time_p95 double precision, OUT run_time_p99 double precision, OUT run_time_histogram bigint[], OUT lookup_time double precision, OUT lookup_time_p50 double precision, OUT lookup_time_p95 double precision, OUT lookup_time_p99 double precision, OUT lookup_time_histogram bigint[], OUT since timestamp with time zone',
+       'SETOF record', 'f', 'v', false, 's'),
+      ('idempotency_metrics_room',
+       'OUT capacity integer, OUT used integer, OUT lost bigint',
+       'record', 'f', 'v', false, 's'),
+      ('idempotency_percentile',
+       'histogram bigint[], fraction double precision',
+       'double precision', 'f', 'i', true, 's'),
+      ('idempotency_histogram_add',
+       'bigint[], bigint[]', 'bigint[]', 'f', 'i', true, 's'),
+      ('idempotency_histogram_sum',
+       'bigint[]', 'bigint[]', 'a', 'i', false, 's')$$,
     'arguments, results, volatility, strictness and parallel safety');
 SELECT is_empty(
     $$SELECT proname FROM member_function
-      WHERE prolang <> (SELECT oid FROM pg_language WHERE lanname = 'c') OR
-            probin <> '$libdir/idempotency' OR prosrc <> proname$$,
+      WHERE prokind <> 'a' AND
+            (prolang <> (SELECT oid FROM pg_language WHERE lanname = 'c') OR
+             probin <> '$libdir/idempotency' OR prosrc <> proname)$$,
     'functions are in C, in the library of the extension');
 SELECT is_empty(
     $$SELECT proname FROM member_function WHERE prosecdef OR proleakproof$$,
@@ -312,10 +434,19 @@ SELECT set_eq(
       FROM member_right WHERE grantee IS DISTINCT FROM owner AND grantee <> 0$$,
     $$VALUES ('relation idempotency_in_flight', 'pg_monitor', 'SELECT', false),
              ('relation idempotency_stalled', 'pg_monitor', 'SELECT', false),
+             ('relation idempotency_stats', 'pg_monitor', 'SELECT', false),
+             ('relation idempotency_metric', 'pg_monitor', 'SELECT', false),
+             ('relation idempotency_replay_ratio', 'pg_monitor', 'SELECT', false),
+             ('relation idempotency_health', 'pg_monitor', 'SELECT', false),
              ('function idempotency_in_flight', 'pg_monitor', 'EXECUTE', false),
              ('function idempotency_tracking', 'pg_monitor', 'EXECUTE', false),
-             ('function idempotency_worker_status', 'pg_monitor', 'EXECUTE', false)$$,
-    'pg_monitor sees the views, and nobody else has any right');
+             ('function idempotency_worker_status', 'pg_monitor', 'EXECUTE', false),
+             ('function idempotency_stats', 'pg_monitor', 'EXECUTE', false),
+             ('function idempotency_metrics_room', 'pg_monitor', 'EXECUTE', false),
+             ('function idempotency_percentile', 'pg_monitor', 'EXECUTE', false),
+             ('function idempotency_histogram_add', 'pg_monitor', 'EXECUTE', false),
+             ('function idempotency_histogram_sum', 'pg_monitor', 'EXECUTE', false)$$,
+    'pg_monitor sees the views and metrics, and nobody else has any right');
 SELECT is(
     (SELECT count(DISTINCT owner) FROM member_right WHERE owner IS NOT NULL), 1::bigint,
     'all belongs to one role');
