@@ -13,6 +13,8 @@
 #include "compat.h"
 #include "datatype/timestamp.h"
 
+#define EXTENSION_NAME	"idempotency"
+
 /*
  * One SQLSTATE for each condition that an application has to tell apart.
  * Class ID is in the range that the SQL standard leaves to implementations.

@@ -112,8 +112,8 @@ idempotency_unschedule(PG_FUNCTION_ARGS)
 static char *
 get_command(void)
 {
-	Oid			schema = get_extension_schema(get_extension_oid("idempotency",
-																false));
+	Oid			extension = get_extension_oid(EXTENSION_NAME, false);
+	Oid			schema = get_extension_schema(extension);
 
 	return psprintf("CALL %s()",
 					quote_qualified_identifier(get_namespace_name(schema),

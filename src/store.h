@@ -16,8 +16,6 @@
 #include "scope.h"
 #include "utils/relcache.h"
 
-#define EXTENSION_NAME	"idempotency"
-
 /* Columns of idempotency_key */
 #define Anum_idempotency_key_tenant				1
 #define Anum_idempotency_key_action				2
