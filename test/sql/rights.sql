@@ -211,6 +211,13 @@ FROM idempotency_stalled;
 SELECT capacity > 0 AS capacity, used > 0 AS used, untracked >= 0 AS untracked
 FROM idempotency_tracking();
 SELECT state FROM idempotency_worker_status();
+SELECT started > 0 AS started, held, run_time_p50 = idempotency_percentile(run_time_histogram, 0.5) IS NOT FALSE AS same
+FROM idempotency_stats WHERE action = 'a';
+SELECT capacity > 0 AS capacity, used > 0 AS used, lost FROM idempotency_metrics_room();
+SELECT sum(started) > 0 AS started, idempotency_histogram_sum(run_time_histogram) IS NOT NULL AS histogram
+FROM idempotency_metric;
+SELECT count(*) > 0 AS days FROM idempotency_replay_ratio;
+SELECT version, preloaded, worker, pending, in_flight, stalled FROM idempotency_health;
 SELECT count(*) FROM idempotency_key;
 ROLLBACK;
 SET ROLE regress_idempotency_monitor;
