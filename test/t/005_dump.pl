@@ -1,5 +1,5 @@
-# Records survive pg_dump and restore byte for byte, in whatever schema the
-# extension is, and nothing of the extension keeps a database from being
+# Records and metrics survive pg_dump and restore byte for byte, in whatever
+# schema the extension is, and nothing of the extension keeps a database from being
 # dropped, renamed or used as a template.
 
 use strict;
@@ -35,10 +35,15 @@ SELECT idempotency_finish('shop', 'pay', 'error', 402, '"declined"');
 SELECT idempotency_begin(E'M\u00fcller', 'pay', 'actor', 'null', E'Z\u00f6e');
 SELECT idempotency_finish(E'M\u00fcller', 'pay', 'actor', 204, actor => E'Z\u00f6e');
 COMMIT;
+CALL idempotency_sweep();
 SQL
 my $show = q{
 	SET search_path = :"schema";
 	SELECT * FROM idempotency_key ORDER BY key;
+};
+my $show_metrics = q{
+	SET search_path = :"schema";
+	SELECT * FROM idempotency_metric ORDER BY bucket, action;
 };
 
 foreach my $schema ('public', 'Odd "Schema')
@@ -54,6 +59,8 @@ foreach my $schema ('public', 'Odd "Schema')
 	$node->safe_psql('source', $fill, %in_schema);
 	my $records = $node->safe_psql('source', $show, %in_schema);
 	is(scalar(split(/\n/, $records)), 4, "$schema: there are records");
+	my $metrics = $node->safe_psql('source', $show_metrics, %in_schema);
+	like($metrics, qr/\|pay\|4\|/, "$schema: there are metrics");
 
 	my $dump = $node->basedir . '/dump';
 	my %restore = (
@@ -87,6 +94,8 @@ foreach my $schema ('public', 'Odd "Schema')
 		}
 		is($node->safe_psql('target', $show, %in_schema),
 			$records, "$what: records are the same");
+		is($node->safe_psql('target', $show_metrics, %in_schema),
+			$metrics, "$what: metrics are the same");
 
 		my $call = 'SET search_path = :"schema"; SELECT outcome, status_code,'
 		  . ' response, headers, body FROM ';
