@@ -13,6 +13,9 @@
  * come, and if the process is killed there, the server starts anew and the
  * counters with it.  The table is locked against other flushes until then.
  *
+ * A flush waits for the disk when it commits, so that a crash cannot undo it,
+ * but not for a standby, which may not be there.
+ *
  * The statements run as the owner of the table, so that who may sweep needs no
  * right on it.
  *
@@ -179,6 +182,9 @@ flush_into(const char *schema)
 	}
 	delete_old(table);
 	SPI_finish();
+
+	/* our callers have synchronous_commit off */
+	ForceSyncCommit();
 }
 
 /*
