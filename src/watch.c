@@ -17,7 +17,6 @@
  */
 #include "idempotency.h"
 
-#include "access/table.h"
 #include "catalog/pg_type_d.h"
 #include "event.h"
 #include "executor/spi.h"
@@ -25,6 +24,7 @@
 #include "scope.h"
 #include "storage/bufmgr.h"
 #include "storage/itemptr.h"
+#include "store.h"
 #include "utils/builtins.h"
 #include "utils/lsyscache.h"
 #include "utils/rel.h"
@@ -43,8 +43,7 @@ enum
 	WATCH_COLUMNS
 };
 
-static BlockNumber count_blocks(Oid table);
-static void watch_blocks(const Watch *watch, Oid table, BlockNumber end);
+static void watch_blocks(const Watch *watch, Relation rel, BlockNumber end);
 static void watch_row(const Watch *watch, HeapTuple row, TupleDesc desc);
 
 /*
@@ -69,22 +68,30 @@ WatchStart(Watch *watch)
 }
 
 /*
- * Look at the next part of the table of records, which is locked.  Returns
- * whether there is more.
+ * Look at the next part of the table of records.  Returns whether there is
+ * more.
+ *
+ * Errors: those of StoreOpen.
  */
 bool
-WatchBatch(Watch *watch, Oid table)
+WatchBatch(Watch *watch)
 {
 	TimestampTz start = GetCurrentTimestamp();
-	BlockNumber blocks = count_blocks(table);
+	Store		store;
+	BlockNumber blocks;
 
+	/* which sees to it that the columns are what we take them for */
+	StoreOpen(&store, AccessShareLock);
+	blocks = RelationGetNumberOfBlocks(store.rel);
 	if (watch->next < blocks)
 	{
 		BlockNumber end = watch->next + Min(BATCH_BLOCKS, blocks - watch->next);
 
-		watch_blocks(watch, table, end);
+		watch_blocks(watch, store.rel, end);
 		watch->next = end;
 	}
+	StoreClose(&store);
+
 	watch->spent += Max(GetCurrentTimestamp() - start, 0);
 	if (watch->next < blocks)
 		return true;
@@ -96,21 +103,11 @@ WatchBatch(Watch *watch, Oid table)
 	return false;
 }
 
-static BlockNumber
-count_blocks(Oid table)
-{
-	Relation	rel = table_open(table, NoLock);
-	BlockNumber result = RelationGetNumberOfBlocks(rel);
-
-	table_close(rel, NoLock);
-	return result;
-}
-
 /*
  * Look at the leases in the blocks from the next one up to an end.
  */
 static void
-watch_blocks(const Watch *watch, Oid table, BlockNumber end)
+watch_blocks(const Watch *watch, Relation rel, BlockNumber end)
 {
 	Oid			types[] = {TIDOID, TIDOID};
 	ItemPointerData tids[2];
@@ -120,10 +117,10 @@ watch_blocks(const Watch *watch, Oid table, BlockNumber end)
 	ItemPointerSet(&tids[0], watch->next, 0);
 	ItemPointerSet(&tids[1], end, 0);
 	query = psprintf("SELECT tenant, action, key, actor, attempt, created_at, lease_expires_at"
-					 " FROM %s WHERE ctid >= $1 AND ctid < $2 AND state = 'pending'"
+					 " FROM ONLY %s WHERE ctid >= $1 AND ctid < $2 AND state = 'pending'"
 					 " AND lease_expires_at IS NOT NULL AND expires_at > clock_timestamp()",
-					 quote_qualified_identifier(get_namespace_name(get_rel_namespace(table)),
-												get_rel_name(table)));
+					 quote_qualified_identifier(get_namespace_name(RelationGetNamespace(rel)),
+												RelationGetRelationName(rel)));
 
 	SPI_connect();
 	if (SPI_execute_with_args(query, 2, types, values, NULL, true, 0) != SPI_OK_SELECT)

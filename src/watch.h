@@ -25,6 +25,6 @@ typedef struct Watch
 } Watch;
 
 extern bool WatchStart(Watch *watch);
-extern bool WatchBatch(Watch *watch, Oid table);
+extern bool WatchBatch(Watch *watch);
 
 #endif							/* IDEMPOTENCY_WATCH_H */

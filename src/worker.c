@@ -52,8 +52,8 @@
 /* For so long the watch over leases may keep the sweep waiting */
 #define WATCH_SECS		2
 
-/* A batch of some work on the table of records; returns whether there is more */
-typedef bool (*Batch) (Oid table, void *state);
+/* A batch of some work; returns whether there is more */
+typedef bool (*Batch) (void *state);
 
 static WorkerResult work(int tasks);
 static WorkerResult work_until(TimestampTz deadline, const char *activity,
@@ -62,9 +62,9 @@ static bool may_go_on(TimestampTz deadline);
 static bool run_batch(const char *activity, Batch batch, void *state,
 					  WorkerResult *result);
 static bool lock_table(Oid extension, Oid *table);
-static bool flush_batch(Oid table, void *state);
-static bool watch_batch(Oid table, void *state);
-static bool sweep_batch(Oid table, void *state);
+static bool flush_batch(void *state);
+static bool watch_batch(void *state);
+static bool sweep_batch(void *state);
 static char *get_name_of_database(void);
 static void add_context(void *arg);
 
@@ -254,7 +254,7 @@ run_batch(const char *activity, Batch batch, void *state, WorkerResult *result)
 		Owner		owner;
 
 		OwnerBecome(&owner, table);
-		more = batch(table, state);
+		more = batch(state);
 		OwnerLeave(&owner);
 		*result = more ? WORKER_INTERRUPTED : WORKER_DONE;
 	}
@@ -285,24 +285,24 @@ lock_table(Oid extension, Oid *table)
 }
 
 static bool
-flush_batch(Oid table, void *state)
+flush_batch(void *state)
 {
 	FlushMetrics();
 	return false;
 }
 
 static bool
-watch_batch(Oid table, void *state)
+watch_batch(void *state)
 {
 	Watch	   *watch = state;
-	bool		more = WatchBatch(watch, table);
+	bool		more = WatchBatch(watch);
 
 	WorkerStatusSetWatch(watch);
 	return more;
 }
 
 static bool
-sweep_batch(Oid table, void *state)
+sweep_batch(void *state)
 {
 	return SweepBatch((Sweep *) state);
 }
