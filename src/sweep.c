@@ -94,6 +94,7 @@ idempotency_sweep(PG_FUNCTION_ARGS)
 		more = SweepBatch(&sweep);
 		SPI_commit();
 	}
+	WorkerStatusSwept(&sweep, more);
 	if (MetricsEnabled())
 	{
 		commit_lazily();
@@ -101,7 +102,6 @@ idempotency_sweep(PG_FUNCTION_ARGS)
 		SPI_commit();
 	}
 	SPI_finish();
-	WorkerStatusSwept(&sweep, more);
 
 	return make_swept(fcinfo, sweep.swept);
 }

@@ -49,13 +49,15 @@
 /* Shorter than the default of deadlock_timeout: it is us who give way */
 #define LOCK_TIMEOUT	"500ms"
 
-/* For so long the watch over leases may keep the sweep waiting */
+/* A look at the leases gives way to the next database after this long */
 #define WATCH_SECS		2
 
 /* A batch of some work; returns whether there is more */
 typedef bool (*Batch) (void *state);
 
 static WorkerResult work(int tasks);
+static WorkerResult sweep_database(void);
+static WorkerResult measure_database(void);
 static WorkerResult work_until(TimestampTz deadline, const char *activity,
 							   Batch batch, void *state);
 static bool may_go_on(TimestampTz deadline);
@@ -167,36 +169,59 @@ WorkerMayUse(Oid database)
 /*
  * Do what is due.  Returns what became of the sweep or, where none was due, of
  * the rest.
+ *
+ * The sweep comes first, so that no error in the rest keeps it from coming.
  */
 static WorkerResult
 work(int tasks)
 {
-	TimestampTz now = GetCurrentTimestamp();
 	WorkerResult result = WORKER_DONE;
-	Watch		watch;
-	Sweep		sweep;
 
-	if (tasks & WORKER_MEASURE)
+	if (tasks & WORKER_SWEEP)
+		result = sweep_database();
+	if ((tasks & WORKER_MEASURE) && result != WORKER_NO_EXTENSION)
 	{
-		TimestampTz deadline = now + WATCH_SECS * USECS_PER_SEC;
+		WorkerResult measured = measure_database();
 
-		result = work_until(deadline, "idempotency flush", flush_batch, NULL);
-		if (result == WORKER_DONE && WorkerStatusGetWatch(&watch) &&
-			WatchStart(&watch))
-			result = work_until(deadline, "idempotency watch", watch_batch, &watch);
-	}
-
-	if ((tasks & WORKER_SWEEP) && result != WORKER_NO_EXTENSION)
-	{
-		SweepStart(&sweep, idempotency_sweep_batch_size,
-				   WORKER_MAX_SECS * USECS_PER_SEC);
-		result = work_until(sweep.deadline, "idempotency sweep", sweep_batch, &sweep);
-		if (result != WORKER_NO_EXTENSION)
-			WorkerStatusSwept(&sweep, result == WORKER_INTERRUPTED);
+		if (!(tasks & WORKER_SWEEP))
+			result = measured;
 	}
 
 	if (result == WORKER_NO_EXTENSION)
 		WorkerStatusForget(MyDatabaseId);
+	return result;
+}
+
+static WorkerResult
+sweep_database(void)
+{
+	Sweep		sweep;
+	WorkerResult result;
+
+	SweepStart(&sweep, idempotency_sweep_batch_size,
+			   WORKER_MAX_SECS * USECS_PER_SEC);
+	result = work_until(sweep.deadline, "idempotency sweep", sweep_batch, &sweep);
+	if (result != WORKER_NO_EXTENSION)
+		WorkerStatusSwept(&sweep, result == WORKER_INTERRUPTED);
+
+	return result;
+}
+
+/*
+ * Flush metrics, and watch leases if it is time to.
+ */
+static WorkerResult
+measure_database(void)
+{
+	TimestampTz deadline = GetCurrentTimestamp() + WATCH_SECS * USECS_PER_SEC;
+	WorkerResult result;
+	Watch		watch;
+
+	result = work_until(deadline, "idempotency flush", flush_batch, NULL);
+	if (result == WORKER_DONE && WorkerStatusGetWatch(&watch) &&
+		WatchStart(&watch))
+		result = work_until(deadline, "idempotency watch", watch_batch, &watch);
+
 	return result;
 }
 
