@@ -255,7 +255,7 @@ is( on( 'postgres', q{CALL idempotency_sweep(max_duration => '1 us');
 	"0\n0|t",
 	'and whether it was over before its end');
 on('two', 'DROP EXTENSION idempotency');
-on('two', 'CREATE EXTENSION idempotency; ' . fill_sql(100));
+on('two', 'BEGIN; CREATE EXTENSION idempotency; ' . fill_sql(100) . ' COMMIT');
 is_swept('two', 'and where the one before could not be swept');
 on('late', 'DROP EXTENSION idempotency');
 set_conf('idempotency.sweep_batch_size', 1);
