@@ -43,7 +43,7 @@
 
 #define TRANCHE_NAME		"idempotency metrics"
 #define DUMP_FILE			PGSTAT_STAT_PERMANENT_DIRECTORY "/idempotency.stat"
-#define DUMP_MAGIC			0x1de30001
+#define DUMP_MAGIC			0x1de30002
 
 /* Entries that are set aside for the other actions of a database */
 #define OVERFLOW_ENTRIES	64
@@ -78,6 +78,7 @@ typedef struct DumpedMetrics
 	MetricsKey	key;
 	uint64		values[METRIC_VALUES];
 	uint64		flushed[METRIC_VALUES];
+	TimestampTz reported;
 } DumpedMetrics;
 
 static Size metrics_size(void);
@@ -211,8 +212,6 @@ MetricsForgetLeases(void)
 void
 MetricsCountLease(ActionMetrics *metrics, bool stalled)
 {
-	if (metrics == NULL)
-		return;
 	if (stalled)
 		metrics->leases_so_far.stalled++;
 	else
@@ -220,10 +219,10 @@ MetricsCountLease(ActionMetrics *metrics, bool stalled)
 }
 
 /*
- * All leases have been counted.
+ * All leases have been counted, and those reported that had run out until then.
  */
 void
-MetricsPublishLeases(void)
+MetricsPublishLeases(TimestampTz until)
 {
 	ListCell   *lc;
 
@@ -233,6 +232,7 @@ MetricsPublishLeases(void)
 
 		metrics->leases = metrics->leases_so_far;
 		metrics->leases.valid = true;
+		metrics->reported = until;
 	}
 }
 
@@ -491,6 +491,7 @@ init_entry(ActionMetrics *metrics)
 	pg_atomic_init_u32(&metrics->held, 0);
 	memset(&metrics->leases, 0, sizeof(LeaseCounts));
 	memset(&metrics->leases_so_far, 0, sizeof(LeaseCounts));
+	metrics->reported = 0;
 	for (int i = 0; i < METRIC_VALUES; i++)
 		pg_atomic_init_u64(&metrics->values[i], 0);
 	memset(metrics->flushed, 0, sizeof(metrics->flushed));
@@ -635,6 +636,7 @@ write_dump(FILE *file)
 		dumped.key = metrics->key;
 		MetricsRead(metrics, dumped.values);
 		memcpy(dumped.flushed, metrics->flushed, sizeof(dumped.flushed));
+		dumped.reported = metrics->reported;
 		if (fwrite(&dumped, sizeof(dumped), 1, file) != 1)
 		{
 			hash_seq_term(&seq);
@@ -677,7 +679,10 @@ read_dump(FILE *file)
 			memset(dumped.key.action, 0, sizeof(dumped.key.action));
 			metrics = enter(&dumped.key);
 		}
-		for (int j = 0; metrics != NULL && j < METRIC_VALUES; j++)
+		if (metrics == NULL)
+			continue;
+		metrics->reported = Max(metrics->reported, dumped.reported);
+		for (int j = 0; j < METRIC_VALUES; j++)
 		{
 			pg_atomic_fetch_add_u64(&metrics->values[j], dumped.values[j]);
 			metrics->flushed[j] += dumped.flushed[j];

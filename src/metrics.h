@@ -10,6 +10,7 @@
 
 #include "postgres.h"
 
+#include "datatype/timestamp.h"
 #include "event.h"
 #include "histogram.h"
 #include "nodes/pg_list.h"
@@ -52,6 +53,7 @@ typedef struct ActionMetrics
 	pg_atomic_uint32 held;		/* claims that transactions hold now */
 	LeaseCounts leases;			/* as of the last look */
 	LeaseCounts leases_so_far;	/* of a look that is under way */
+	TimestampTz reported;		/* leases that ran out until then were */
 	pg_atomic_uint64 values[METRIC_VALUES];
 	uint64		flushed[METRIC_VALUES]; /* of these, what is in the table of
 										 * metrics; belongs to who has that
@@ -67,7 +69,7 @@ extern void MetricsTime(ActionMetrics *metrics, int sum, int histogram,
 extern void MetricsHold(ActionMetrics *metrics, int change);
 extern void MetricsForgetLeases(void);
 extern void MetricsCountLease(ActionMetrics *metrics, bool stalled);
-extern void MetricsPublishLeases(void);
+extern void MetricsPublishLeases(TimestampTz until);
 extern List *MetricsList(void);
 extern void MetricsRead(ActionMetrics *metrics, uint64 *values);
 extern List *MetricsDatabases(void);

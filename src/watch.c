@@ -13,6 +13,9 @@
  * table in each transaction, so that it is in nobody's way for long.  How far
  * it got is kept in shared memory, for the next worker to go on.
  *
+ * What ran out is reported once, because a look is at what ran out since the
+ * one before.  After a crash it may be reported again.
+ *
  *-------------------------------------------------------------------------
  */
 #include "idempotency.h"
@@ -96,7 +99,7 @@ WatchBatch(Watch *watch)
 	if (watch->next < blocks)
 		return true;
 
-	MetricsPublishLeases();
+	MetricsPublishLeases(watch->until);
 	watch->since = watch->until;
 	watch->until = 0;
 	watch->due = watch->since + watch->spent * PART_OF_TIME;
@@ -132,6 +135,8 @@ watch_blocks(const Watch *watch, Relation rel, BlockNumber end)
 
 /*
  * Count a lease, and report it if it has run out since the last look.
+ *
+ * The metrics know of the last look before the server was restarted, too.
  */
 static void
 watch_row(const Watch *watch, HeapTuple row, TupleDesc desc)
@@ -139,6 +144,8 @@ watch_row(const Watch *watch, HeapTuple row, TupleDesc desc)
 	Datum		values[WATCH_COLUMNS];
 	bool		nulls[WATCH_COLUMNS];
 	TimestampTz lease_expires_at;
+	TimestampTz since = watch->since;
+	ActionMetrics *metrics = NULL;
 	Scope		scope;
 
 	heap_deform_tuple(row, desc, values, nulls);
@@ -146,7 +153,15 @@ watch_row(const Watch *watch, HeapTuple row, TupleDesc desc)
 		return;
 
 	lease_expires_at = DatumGetTimestampTz(values[WATCH_LEASE_EXPIRES_AT]);
-	if (lease_expires_at > watch->since && lease_expires_at <= watch->until)
+	if (MetricsEnabled())
+		metrics = MetricsFind(ScopeNameAction(&scope.name));
+	if (metrics != NULL)
+	{
+		since = Max(since, metrics->reported);
+		MetricsCountLease(metrics, lease_expires_at <= watch->until);
+	}
+
+	if (lease_expires_at > since && lease_expires_at <= watch->until)
 	{
 		Event		event = {
 			.class = EVENT_STALLED,
@@ -157,7 +172,4 @@ watch_row(const Watch *watch, HeapTuple row, TupleDesc desc)
 
 		EventHappened(&event);
 	}
-	if (MetricsEnabled())
-		MetricsCountLease(MetricsFind(ScopeNameAction(&scope.name)),
-						  lease_expires_at <= watch->until);
 }

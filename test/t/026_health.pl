@@ -136,6 +136,20 @@ for (1 .. 3)
 is(scalar(() = slurp_file($node->logfile) =~ /$stalled/g),
 	1, 'it was logged once');
 
+# also when the server was restarted while it waits for a repeat
+on('postgres', "SELECT idempotency_begin('t', 'charge', 's', lease => '1 ms')");
+my $reported = "SELECT stalled FROM idempotency_stats WHERE action = 'charge'";
+ok($node->poll_query_until('postgres', "SELECT ($reported) = 2"),
+	'another one');
+$node->restart;
+warns('leases that ran out and wait for a repeat: 1',
+	'it is still there after a restart');
+is(on('postgres', $reported), '2', 'and was not counted again');
+is(scalar(() = slurp_file($node->logfile) =~ /"stalled".*"key": "s"/g),
+	1, 'nor logged');
+on('postgres', "SELECT idempotency_begin('t', 'charge', 's', lease => '1 hour')");
+is_healthy('when it is taken over all is well');
+
 # Looking at part of the columns reads part of the data
 unlike(
 	on('postgres', 'EXPLAIN SELECT warnings, table_size FROM idempotency_health'),
