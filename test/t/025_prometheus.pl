@@ -46,7 +46,7 @@ $node->safe_psql(
 	SELECT idempotency_try_begin('t', 'orders "create"', 'k1', '{"status": 201}');
 	SELECT idempotency_begin('t', 'cards.charge', 'a', '{}', lease => '1 hour');
 	SELECT idempotency_begin('t', 'cards.charge', 'b', '{}', lease => '1 hour');
-	SELECT idempotency_begin('t', 'cards.charge', 'c', '{}', lease => '1 ms');
+	SELECT idempotency_begin('t', 'cards.charge', 'c', '{}', lease => '100 ms');
 	SELECT idempotency_try_begin('t', 'cards.charge', 'b', '{}', lease => '1 hour');
 	UPDATE idempotency_key SET expires_at = clock_timestamp() - interval '1 hour' WHERE key = 'e'});
 my $session = session($node);

@@ -109,7 +109,8 @@ on( 'postgres', q{
 	SELECT idempotency_begin('t', 'charge', 'a', lease => '1 hour');
 	SELECT idempotency_begin('t', 'charge', 'b', lease => '1 hour');
 	SELECT idempotency_release('t', 'charge', 'b', attempt => 1);
-	SELECT idempotency_begin('t', 'charge', 'c', lease => '1 ms')});
+	SELECT idempotency_begin('t', 'charge', 'c', lease => '100 ms');
+	SELECT pg_sleep(0.2)});
 my $session = session($node);
 $session->query_safe('BEGIN');
 $session->query_safe("SELECT idempotency_begin('t', 'charge', 'd')");
@@ -137,7 +138,7 @@ is(scalar(() = slurp_file($node->logfile) =~ /$stalled/g),
 	1, 'it was logged once');
 
 # also when the server was restarted while it waits for a repeat
-on('postgres', "SELECT idempotency_begin('t', 'charge', 's', lease => '1 ms')");
+on('postgres', "SELECT idempotency_begin('t', 'charge', 's', lease => '100 ms')");
 my $reported = "SELECT stalled FROM idempotency_stats WHERE action = 'charge'";
 ok($node->poll_query_until('postgres', "SELECT ($reported) = 2"),
 	'another one');
