@@ -98,7 +98,8 @@ FlushInit(void)
 
 /*
  * Flush the metrics of this database in the current transaction, unless
- * somebody else is just doing that or has the table locked.
+ * somebody else is just doing that or has the table locked, or a row of it.
+ * So nobody is waited for.
  */
 void
 FlushMetrics(void)
@@ -114,7 +115,7 @@ FlushMetrics(void)
 	schema = get_extension_schema(extension);
 	table = get_relname_relid(TABLE_NAME, schema);
 	if (!OidIsValid(table) ||
-		!ConditionalLockRelationOid(table, ShareRowExclusiveLock))
+		!ConditionalLockRelationOid(table, ExclusiveLock))
 		return;
 	/* it may have been dropped before we had the lock */
 	if (!SearchSysCacheExists1(RELOID, ObjectIdGetDatum(table)))
