@@ -12,7 +12,7 @@
  * NO_EXTENSION_MS; or at once when somebody creates an extension anywhere,
  * which a hook tells us.
  *
- * A worker that fails has said why in the log.  The next one for that database
+ * A sweep that fails has said why in the log.  The next one of that database
  * comes later and later, and meanwhile the others have their turns.  A worker
  * that does not end does not keep them from it for long either.
  *
@@ -66,7 +66,7 @@ typedef struct Database
 	bool		exists;			/* still in pg_database */
 	bool		busy;			/* somebody had it locked when its time came */
 	WorkerResult result;		/* of the last sweep */
-	int			failures;		/* of workers, since one succeeded */
+	int			failures;		/* of sweeps, since one succeeded */
 	TimestampTz last;			/* when we were through with it, 0 for never */
 	TimestampTz measured;		/* when its metrics were last flushed */
 } Database;
@@ -510,14 +510,13 @@ work_on(Database *database)
 	pfree(handle);
 
 	result = WorkerReportResult(pg_atomic_exchange_u64(&worker_shared->report, 0));
-	database->failures = (result == WORKER_FAILED) ? database->failures + 1 : 0;
 	if (tasks & WORKER_MEASURE)
 		database->measured = GetCurrentTimestamp();
 
-	/* where only measuring was due, the next sweep need not come sooner */
-	if ((tasks & WORKER_SWEEP) ||
-		result == WORKER_FAILED || result == WORKER_NO_EXTENSION)
+	/* measuring alone has the next sweep come neither sooner nor later */
+	if ((tasks & WORKER_SWEEP) || result == WORKER_NO_EXTENSION)
 	{
+		database->failures = (result == WORKER_FAILED) ? database->failures + 1 : 0;
 		database->result = result;
 		database->last = GetCurrentTimestamp();
 	}

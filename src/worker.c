@@ -55,7 +55,8 @@
 /* A batch of some work; returns whether there is more */
 typedef bool (*Batch) (void *state);
 
-static WorkerResult work(int tasks);
+static void work(int tasks);
+static void report(WorkerResult result);
 static WorkerResult sweep_database(void);
 static WorkerResult measure_database(void);
 static WorkerResult work_until(TimestampTz deadline, const char *activity,
@@ -77,8 +78,6 @@ void
 idempotency_worker_main(Datum arg)
 {
 	ErrorContextCallback context = {.callback = add_context};
-	WorkerResult result;
-	uint64		report;
 	int			tasks;
 
 	pqsignal(SIGTERM, die);
@@ -97,7 +96,7 @@ idempotency_worker_main(Datum arg)
 
 	PG_TRY();
 	{
-		result = work(tasks);
+		work(tasks);
 	}
 	PG_CATCH();
 	{
@@ -107,10 +106,6 @@ idempotency_worker_main(Datum arg)
 	}
 	PG_END_TRY();
 
-	/* unless the launcher has given us up and started another one */
-	report = WorkerReport(MyDatabaseId, WORKER_FAILED);
-	(void) pg_atomic_compare_exchange_u64(&worker_shared->report, &report,
-										  WorkerReport(MyDatabaseId, result));
 	proc_exit(0);
 }
 
@@ -167,29 +162,42 @@ WorkerMayUse(Oid database)
 }
 
 /*
- * Do what is due.  Returns what became of the sweep or, where none was due, of
- * the rest.
+ * Do what is due.
  *
- * The sweep comes first, so that no error in the rest keeps it from coming.
+ * The sweep comes first, and is reported before the rest begins, so that no
+ * error in that keeps it from coming, or from coming in time.
  */
-static WorkerResult
+static void
 work(int tasks)
 {
 	WorkerResult result = WORKER_DONE;
 
 	if (tasks & WORKER_SWEEP)
+	{
 		result = sweep_database();
+		report(result);
+	}
 	if ((tasks & WORKER_MEASURE) && result != WORKER_NO_EXTENSION)
 	{
-		WorkerResult measured = measure_database();
-
-		if (!(tasks & WORKER_SWEEP))
-			result = measured;
+		result = measure_database();
+		report(result);
 	}
 
 	if (result == WORKER_NO_EXTENSION)
 		WorkerStatusForget(MyDatabaseId);
-	return result;
+}
+
+/*
+ * Tell the launcher how things stand, unless it has been told, or has given us
+ * up and started another worker.
+ */
+static void
+report(WorkerResult result)
+{
+	uint64		failed = WorkerReport(MyDatabaseId, WORKER_FAILED);
+
+	(void) pg_atomic_compare_exchange_u64(&worker_shared->report, &failed,
+										  WorkerReport(MyDatabaseId, result));
 }
 
 static WorkerResult

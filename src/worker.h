@@ -13,10 +13,10 @@
 #include "port/atomics.h"
 #include "storage/latch.h"
 
-/* How a worker ended */
+/* What became of a sweep or, where none was due, of the rest */
 typedef enum WorkerResult
 {
-	WORKER_FAILED,				/* by an error, which is in the log */
+	WORKER_FAILED,				/* an error, which is in the log */
 	WORKER_NO_EXTENSION,
 	WORKER_INTERRUPTED,			/* somebody needs what it uses, or time is up */
 	WORKER_DONE
@@ -36,8 +36,8 @@ typedef struct WorkerState
 } WorkerState;
 
 /*
- * The report of a worker: for which database it was started, and how it ended.
- * Before it has ended that is WORKER_FAILED; while there is none, all is zero.
+ * The report of a worker: for which database it was started, and its result.
+ * Before it has one that is WORKER_FAILED; while there is none, all is zero.
  */
 #define WorkerReport(database, result) \
 	((uint64) (database) << 32 | (uint64) (result))
