@@ -714,7 +714,7 @@ CREATE VIEW idempotency_health AS
                    'background worker is off, and nobody else has swept for 10 minutes'
                END,
                CASE WHEN (w.last_error_at <= w.last_sweep_at) IS NOT TRUE THEN
-                   'last sweep failed: ' || w.last_error
+                   'background worker failed: ' || w.last_error
                END,
                CASE WHEN o.oldest_expired_at < pg_catalog.statement_timestamp() - INTERVAL '10 minutes'
                        - coalesce(pg_catalog.current_setting('idempotency.sweep_interval', true), '0')::interval THEN
@@ -779,7 +779,7 @@ COMMENT ON COLUMN idempotency_health.last_swept IS
 COMMENT ON COLUMN idempotency_health.last_duration IS
 'how long it took';
 COMMENT ON COLUMN idempotency_health.last_error IS
-'error that the last failed sweep ended with';
+'error that the last background worker that failed ended with';
 COMMENT ON COLUMN idempotency_health.last_error_at IS
 'when that was';
 COMMENT ON COLUMN idempotency_health.pending IS

@@ -199,7 +199,7 @@ is_healthy('and when it is on');
 on( 'postgres', q{
 	CREATE FUNCTION nothing() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN old; END';
 	CREATE TRIGGER nothing BEFORE DELETE ON idempotency_key EXECUTE FUNCTION nothing()});
-warns('last sweep failed: table .*idempotency_key.* must not have triggers',
+warns('background worker failed: table .*idempotency_key.* must not have triggers',
 	'an error');
 like(
 	health('last_error'),
