@@ -428,9 +428,13 @@ StoreDelete(Store *store, bool wait)
  * Reading moves the position, from which one may go on in another transaction:
  * the index has entries that expire at once in the order of their rows, so the
  * position need not be that of an entry that is still there.
+ *
+ * Only so many entries of the index are read, because there may be a lot of
+ * them whose rows were deleted but cannot be vacuumed yet.
  */
 void
-StoreBeginExpired(Store *store, StorePosition *position, TimestampTz until)
+StoreBeginExpired(Store *store, StorePosition *position, TimestampTz until,
+				  int entries)
 {
 	ScanKeyData keys[2];
 
@@ -441,6 +445,7 @@ StoreBeginExpired(Store *store, StorePosition *position, TimestampTz until)
 
 	open_index(store, find_expiry_index(store->rel));
 	store->position = position;
+	store->entries = entries;
 	store->expired = index_beginscan(store->rel, store->index,
 									 push_lookup_snapshot(store), NULL, 2, 0);
 	store->expired->xs_want_itup = true;
@@ -448,14 +453,16 @@ StoreBeginExpired(Store *store, StorePosition *position, TimestampTz until)
 }
 
 /*
- * Read the next of them, until there is none.
+ * Read the next of them.  Returns false when there is none, or store->entries
+ * have come down to zero.
  */
 bool
 StoreNextExpired(Store *store, Record *record)
 {
 	IndexScanDesc scan = store->expired;
 
-	while (scan->xs_heap_continue || next_expired_entry(store))
+	while (scan->xs_heap_continue ||
+		   (store->entries > 0 && next_expired_entry(store)))
 	{
 		if (index_fetch_heap(scan, store->slot) && is_in_snapshot(store, scan))
 		{
@@ -817,6 +824,7 @@ next_expired_entry(Store *store)
 		{
 			position->expires_at = expires_at;
 			position->tid = *tid;
+			store->entries--;
 			return true;
 		}
 		if (dead)

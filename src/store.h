@@ -101,6 +101,7 @@ typedef struct Store
 	uint64		snapshot_count; /* of the last lookup, see StoreIsCurrent() */
 	IndexScanDesc expired;		/* while expired records are being read */
 	StorePosition *position;	/* of the last of them */
+	int			entries;		/* of the index, that may still be read */
 } Store;
 
 extern void StoreInit(void);
@@ -120,7 +121,7 @@ extern void StoreUpdate(Store *store, const Record *record);
 extern bool StoreDelete(Store *store, bool wait);
 
 extern void StoreBeginExpired(Store *store, StorePosition *position,
-							  TimestampTz until);
+							  TimestampTz until, int entries);
 extern bool StoreNextExpired(Store *store, Record *record);
 extern void StoreEndExpired(Store *store);
 

@@ -45,6 +45,9 @@
 
 #define MAX_BATCH_SIZE	1000000
 
+/* So many rows that cannot be deleted, or were already, may be in a batch */
+#define MAX_PASSED_OVER	10000
+
 /* Arguments of sweep */
 enum
 {
@@ -173,7 +176,8 @@ SweepBatch(Sweep *sweep)
 	int			deleted = 0;
 
 	StoreOpen(&store, RowExclusiveLock);
-	StoreBeginExpired(&store, &sweep->position, sweep->until);
+	StoreBeginExpired(&store, &sweep->position, sweep->until,
+					  sweep->batch_size + MAX_PASSED_OVER);
 	while (deleted < sweep->batch_size && StoreNextExpired(&store, &record))
 	{
 		CHECK_FOR_INTERRUPTS();
@@ -192,7 +196,7 @@ SweepBatch(Sweep *sweep)
 	MemoryContextDelete(row_context);
 
 	sweep->swept += deleted;
-	return deleted == sweep->batch_size;
+	return deleted == sweep->batch_size || store.entries == 0;
 }
 
 /*
