@@ -38,6 +38,9 @@
 
 #define TABLE_NAME	"idempotency_metric"
 
+/* So many old rows are deleted at most, that a flush does not take long */
+#define MAX_DELETED	"100000"
+
 /* A column of idempotency_metric */
 typedef struct MetricColumn
 {
@@ -272,17 +275,21 @@ insert_row(SPIPlanPtr plan, const Flushed *flushed)
 }
 
 /*
- * Delete the rows that have been kept for long enough.
+ * Delete rows that have been kept for long enough.
  */
 static void
 delete_old(const char *table)
 {
 	Oid			types[1] = {TIMESTAMPTZOID};
 	Datum		values[1];
+	char	   *query;
+
+	query = psprintf("DELETE FROM %s WHERE ctid = ANY (ARRAY("
+					 "SELECT ctid FROM %s WHERE bucket < $1 LIMIT " MAX_DELETED "))",
+					 table, table);
 
 	values[0] = TimestampTzGetDatum(GetCurrentTimestamp() -
 									(int64) idempotency_metrics_retention * USECS_PER_SEC);
-	if (SPI_execute_with_args(psprintf("DELETE FROM %s WHERE bucket < $1", table),
-							  1, types, values, NULL, false, 0) != SPI_OK_DELETE)
+	if (SPI_execute_with_args(query, 1, types, values, NULL, false, 0) != SPI_OK_DELETE)
 		elog(ERROR, "could not delete metrics");
 }
