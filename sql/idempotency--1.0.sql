@@ -551,7 +551,7 @@ COMMENT ON COLUMN idempotency_stats.swept IS
 COMMENT ON COLUMN idempotency_stats.held IS
 'claims that transactions hold at this moment';
 COMMENT ON COLUMN idempotency_stats.leases IS
-'leases in flight, null before a background worker has counted them';
+'leases in flight, null where no background worker has counted them';
 COMMENT ON COLUMN idempotency_stats.stalled_leases IS
 'leases that ran out and wait for the next repeat, counted at the same time';
 COMMENT ON COLUMN idempotency_stats.run_time IS

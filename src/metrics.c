@@ -517,7 +517,10 @@ put_row(ReturnSetInfo *rsinfo, ActionMetrics *metrics)
 	values[STATS_HELD] = Int32GetDatum((int32) pg_atomic_read_u32(&metrics->held));
 	values[STATS_LEASES] = Int32GetDatum(metrics->leases.in_flight);
 	values[STATS_STALLED_LEASES] = Int32GetDatum(metrics->leases.stalled);
-	nulls[STATS_LEASES] = nulls[STATS_STALLED_LEASES] = !metrics->leases.valid;
+
+	/* where nobody looks any more, nobody knows */
+	nulls[STATS_LEASES] = nulls[STATS_STALLED_LEASES] =
+		!metrics->leases.valid || !idempotency_worker;
 	put_times(&values[STATS_RUN_TIME], &nulls[STATS_RUN_TIME],
 			  counts[METRIC_RUN_TIME], &counts[METRIC_RUN_TIME_HISTOGRAM]);
 	put_times(&values[STATS_LOOKUP_TIME], &nulls[STATS_LOOKUP_TIME],

@@ -187,6 +187,9 @@ set_conf('idempotency.worker', 'off');
 ok($node->poll_query_until('postgres', "SELECT worker = 'off' FROM idempotency_health"),
 	'off is shown');
 is(health('warnings'), '{}', 'which is no reason to warn after a sweep');
+is( on('postgres', 'SELECT count(*) FROM idempotency_stats WHERE leases IS NOT NULL'),
+	'0',
+	'leases are not watched then');
 $node->restart;
 warns('background worker is off, and nobody else has swept',
 	'the worker is off');
