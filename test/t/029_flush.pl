@@ -235,7 +235,8 @@ is(on('SELECT DISTINCT who FROM seen'),
 	'other', 'which is who its triggers run as');
 drop_trigger();
 my %attack = (
-	'ALTER ROLE other SUPERUSER' => qr/permission denied to alter role/,
+	'ALTER ROLE other SUPERUSER' =>
+	  qr/(permission denied to alter role|must be superuser to alter)/,
 	'SET ROLE NONE' =>
 	  qr/cannot set parameter "role" within security-restricted operation/,
 	'RESET SESSION AUTHORIZATION' =>
