@@ -60,7 +60,8 @@ WatchStart(Watch *watch)
 
 	if (watch->until != 0)
 		return true;
-	if (now < watch->due)
+	/* if the clock was set back, do not wait for it to catch up */
+	if (now >= watch->since && now < watch->due)
 		return false;
 
 	watch->until = now;

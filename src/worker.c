@@ -358,5 +358,5 @@ get_name_of_database(void)
 static void
 add_context(void *arg)
 {
-	errcontext("sweep of database \"%s\"", (char *) arg);
+	errcontext("idempotency worker in database \"%s\"", (char *) arg);
 }

@@ -382,7 +382,7 @@ push @times, ($2 * 60 + $3) * 60 + $4 while $text =~ /$failure/g;
 cmp_ok(scalar(@times), '>=', 5, 'a database that fails says so');
 like(
 	$text,
-	qr/idempotency worker +CONTEXT:  sweep of database "two"$/m,
+	qr/idempotency worker +CONTEXT:  idempotency worker in database "two"$/m,
 	'and which one it is');
 foreach my $n (1 .. 4)
 {
