@@ -108,12 +108,7 @@ EventAtCommit(const Event *event)
 	if (MetricsEnabled())
 		metrics = MetricsFind(ScopeNameAction(event->name));
 	if (LogWants(event->class))
-	{
-		MemoryContext oldcontext = MemoryContextSwitchTo(TopTransactionContext);
-
-		log = LogMakeDetail(event);
-		MemoryContextSwitchTo(oldcontext);
-	}
+		log = MemoryContextStrdup(TopTransactionContext, LogMakeDetail(event));
 
 	if (MetricsEnabled() || log != NULL)
 		add_pending(event->class, metrics, 1,

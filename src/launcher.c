@@ -1,7 +1,8 @@
 /*-------------------------------------------------------------------------
  *
  * launcher.c
- *	  The background worker that sees to it that every database is swept.
+ *	  The background worker that sees to it that every database is swept, and
+ *	  its metrics are kept.
  *
  * The launcher is connected to no database, only to the shared catalogs, so
  * that it is in nobody's way.  It starts a short-lived worker (worker.c) for
@@ -9,8 +10,8 @@
  *
  * Whether a database has the extension can only be seen from within.  So each
  * new one gets a worker, and where that finds none, the next one comes after
- * NO_EXTENSION_MS; or at once when somebody creates an extension anywhere,
- * which a hook tells us.
+ * NO_EXTENSION_MS; or at once when somebody creates it anywhere, which a hook
+ * tells us.
  *
  * A sweep that fails has said why in the log.  The next one of that database
  * comes later and later, and meanwhile the others have their turns.  A worker

@@ -22,7 +22,6 @@
  */
 #include "idempotency.h"
 
-#include "catalog/pg_type_d.h"
 #include "common/sha2.h"
 #include "event.h"
 #include "fmgr.h"

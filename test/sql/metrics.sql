@@ -223,6 +223,15 @@ FROM unnest('{6 days 23 hours,7 days 1 hour,1 year}'::interval[]) AS age;
 CALL idempotency_sweep();
 SELECT now() - bucket < '7 days' AS young FROM idempotency_metric WHERE action = 'metrics.old';
 
+-- no more of them at a time than takes a moment
+INSERT INTO idempotency_metric
+SELECT now() - '8 days'::interval - n * '1 min'::interval, 'metrics.old', 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, '{}', '{}'
+FROM generate_series(1, 100010) AS n;
+CALL idempotency_sweep();
+SELECT count(*) FROM idempotency_metric WHERE action = 'metrics.old' AND bucket < now() - '7 days'::interval;
+CALL idempotency_sweep();
+SELECT count(*) FROM idempotency_metric WHERE action = 'metrics.old' AND bucket < now() - '7 days'::interval;
+
 -- Duplicates against unique requests
 TRUNCATE idempotency_metric;
 SET timezone = 'UTC';
