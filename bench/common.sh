@@ -1,0 +1,75 @@
+#!/bin/bash
+#
+# bench/common.sh
+#	  What the benchmarks share: a server of their own, and statistics.
+#
+# Each benchmark reads this file first.  It sets $bindir, the programs of the
+# server that PG_CONFIG names, and $dir, a folder for everything that is written;
+# at exit the server is stopped and the folder removed.
+#
+# A server needs an installed extension, and cannot be run by root.
+#
+# What else the machine does changes from one moment to the next.  So what is
+# compared takes turns, and what is printed is the median of many, with the
+# quartiles where the spread matters.  Results that are kept are CSV with a line
+# of names, the first of which is always the server's version.
+
+set -euo pipefail
+
+bindir=$("${PG_CONFIG:-pg_config}" --bindir)
+dir=$(mktemp -d)
+export PGHOST=$dir PGDATABASE=postgres PGUSER=bench
+trap 'stop; rm -rf "$dir"' EXIT
+
+# make_server: initialize a server; its settings are read, and go after ours
+make_server() {
+	"$bindir/initdb" -D "$dir/data" -A trust -U bench --no-locale -E UTF8 >/dev/null
+	cat >>"$dir/data/postgresql.conf" <<-END
+		shared_preload_libraries = 'idempotency'
+		listen_addresses = ''
+		unix_socket_directories = '$dir'
+		log_line_prefix = '%m %p '
+		checkpoint_timeout = 1h
+		max_wal_size = 16GB
+		jit = off
+		idempotency.worker = off
+		$(cat)
+	END
+}
+
+# start [COMMAND...]: start the server, under COMMAND if there is one
+start() {
+	"$@" "$bindir/postgres" -D "$dir/data" >>"$dir/log" 2>&1 &
+	until "$bindir/psql" -Xqc '' 2>/dev/null; do sleep 0.2; done
+}
+
+stop() {
+	[ ! -f "$dir/data/postmaster.pid" ] ||
+		"$bindir/pg_ctl" -D "$dir/data" -m fast -w -t 300 stop >/dev/null
+	wait						# valgrind writes when the server is gone
+}
+
+# sql ARGUMENT...: the bare result of psql
+sql() {
+	"$bindir/psql" -XAtq -v ON_ERROR_STOP=1 "$@"
+}
+
+version() {
+	sql -c "select split_part(current_setting('server_version'), ' ', 1)"
+}
+
+# quartile NUMBER: of the numbers in the input; 2 is the median
+quartile() {
+	percentile $((25 * $1))
+}
+
+# percentile NUMBER: of the numbers in the input
+percentile() {
+	sort -g | awk -v part="$1" '{ value[NR] = $1 }
+		END { at = int(NR * part / 100 + 0.999999); print value[at > 0 ? at : 1] }'
+}
+
+# quotient A B
+quotient() {
+	awk -v a="$1" -v b="$2" 'BEGIN { printf "%.2f", a / b }'
+}
