@@ -32,6 +32,7 @@ OBJS = \
 	src/scope.o \
 	src/status.o \
 	src/store.o \
+	src/support.o \
 	src/sweep.o \
 	src/wake.o \
 	src/watch.o \

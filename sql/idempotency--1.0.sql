@@ -169,6 +169,13 @@ SELECT pg_catalog.pg_extension_config_dump('idempotency_key', '');
 -- Calls of an application
 --
 
+CREATE FUNCTION idempotency_support(internal) RETURNS internal
+AS 'MODULE_PATHNAME'
+LANGUAGE C IMMUTABLE STRICT;
+
+COMMENT ON FUNCTION idempotency_support(internal) IS
+'has the planner leave out the last arguments of a call when they are null';
+
 CREATE FUNCTION idempotency_begin(
     tenant text,
     action text,
@@ -181,7 +188,7 @@ CREATE FUNCTION idempotency_begin(
     request_hash bytea DEFAULT NULL
 ) RETURNS idempotency_result
 AS 'MODULE_PATHNAME'
-LANGUAGE C VOLATILE PARALLEL UNSAFE;
+LANGUAGE C VOLATILE PARALLEL UNSAFE SUPPORT idempotency_support;
 
 COMMENT ON FUNCTION idempotency_begin(text, text, text, jsonb, text, interval, interval, interval, bytea) IS
 'claim a request, or get its stored answer; raises an error when it is in flight or mismatched';
@@ -198,7 +205,7 @@ CREATE FUNCTION idempotency_try_begin(
     request_hash bytea DEFAULT NULL
 ) RETURNS idempotency_result
 AS 'MODULE_PATHNAME'
-LANGUAGE C VOLATILE PARALLEL UNSAFE;
+LANGUAGE C VOLATILE PARALLEL UNSAFE SUPPORT idempotency_support;
 
 COMMENT ON FUNCTION idempotency_try_begin(text, text, text, jsonb, text, interval, interval, interval, bytea) IS
 'claim a request, or get its stored answer; tells by the outcome when it is in flight or mismatched';
@@ -229,7 +236,7 @@ CREATE FUNCTION idempotency_replay(
     request_hash bytea DEFAULT NULL
 ) RETURNS idempotency_result
 AS 'MODULE_PATHNAME'
-LANGUAGE C VOLATILE PARALLEL UNSAFE;
+LANGUAGE C VOLATILE PARALLEL UNSAFE SUPPORT idempotency_support;
 
 COMMENT ON FUNCTION idempotency_replay(text, text, text, jsonb, text, bytea) IS
 'get the stored answer of a request without claiming it, also on a standby';
@@ -274,7 +281,7 @@ CREATE FUNCTION idempotency_run(
     wait interval DEFAULT NULL
 ) RETURNS idempotency_result
 AS 'MODULE_PATHNAME'
-LANGUAGE C VOLATILE PARALLEL UNSAFE;
+LANGUAGE C VOLATILE PARALLEL UNSAFE SUPPORT idempotency_support;
 
 COMMENT ON FUNCTION idempotency_run(text, text, text, jsonb, regprocedure, text, interval, interval) IS
 'get the stored answer of a request, or have a function make one and store it';
@@ -808,6 +815,7 @@ COMMENT ON COLUMN idempotency_health.warnings IS
 REVOKE ALL ON TYPE idempotency_state FROM PUBLIC;
 REVOKE ALL ON TYPE idempotency_result FROM PUBLIC;
 REVOKE ALL ON TYPE idempotency_response FROM PUBLIC;
+REVOKE ALL ON FUNCTION idempotency_support FROM PUBLIC;
 REVOKE ALL ON FUNCTION idempotency_begin FROM PUBLIC;
 REVOKE ALL ON FUNCTION idempotency_try_begin FROM PUBLIC;
 REVOKE ALL ON FUNCTION idempotency_finish FROM PUBLIC;

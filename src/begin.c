@@ -240,7 +240,7 @@ begin_request(FunctionCallInfo fcinfo, const char *function, bool raise)
 	request.error_ttl = CallReadErrorTtl();
 	request.wait_ms = CallReadWait(fcinfo, BEGIN_WAIT);
 	request.lease = 0;
-	if (!PG_ARGISNULL(BEGIN_LEASE))
+	if (!CALL_ARGISNULL(BEGIN_LEASE))
 		request.lease = CallReadLease(fcinfo, BEGIN_LEASE);
 
 	(void) BeginRequest(&request, raise, &result);

@@ -36,6 +36,7 @@
  */
 #include "idempotency.h"
 
+#include "call.h"
 #include "common/cryptohash.h"
 #include "common/sha2.h"
 #include "fingerprint.h"
@@ -109,7 +110,7 @@ void
 FingerprintFromArguments(Fingerprint *fingerprint, FunctionCallInfo fcinfo,
 						 int request_argument, int hash_argument)
 {
-	if (!PG_ARGISNULL(hash_argument))
+	if (!CALL_ARGISNULL(hash_argument))
 	{
 		bytea	   *digest = PG_GETARG_BYTEA_PP(hash_argument);
 		int			len = VARSIZE_ANY_EXHDR(digest);
@@ -129,8 +130,10 @@ FingerprintFromArguments(Fingerprint *fingerprint, FunctionCallInfo fcinfo,
 
 		FingerprintFromBytea(fingerprint, PointerGetDatum(digest));
 	}
-	else
+	else if (!CALL_ARGISNULL(request_argument))
 		FingerprintFromRequest(fingerprint, &fcinfo->args[request_argument]);
+	else
+		fingerprint->len = 0;
 }
 
 /*

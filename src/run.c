@@ -97,15 +97,15 @@ idempotency_run(PG_FUNCTION_ARGS)
 
 	CallNeedsReadWrite("idempotency_run()");
 	ScopeFromArguments(&request.scope, fcinfo, RUN_ACTOR);
+	if (CALL_ARGISNULL(RUN_HANDLER))
+		ereport(ERROR,
+				(errcode(ERRCODE_NULL_VALUE_NOT_ALLOWED),
+				 errmsg("handler is missing")));
 	FingerprintFromRequest(&request.fingerprint, &fcinfo->args[RUN_REQUEST]);
 	request.ttl = CallReadTtl(fcinfo, RUN_TTL);
 	request.error_ttl = CallReadErrorTtl();
 	request.wait_ms = CallReadWait(fcinfo, RUN_WAIT);
 	request.lease = 0;
-	if (PG_ARGISNULL(RUN_HANDLER))
-		ereport(ERROR,
-				(errcode(ERRCODE_NULL_VALUE_NOT_ALLOWED),
-				 errmsg("handler is missing")));
 	rettype = check_handler(PG_GETARG_OID(RUN_HANDLER));
 
 	if (BeginRequest(&request, true, &result) == NULL)

@@ -19,6 +19,7 @@
  */
 #include "idempotency.h"
 
+#include "call.h"
 #include "common/hashfn.h"
 #include "miscadmin.h"
 #include "scope.h"
@@ -141,7 +142,7 @@ ScopeNamePart(const ScopeName *name, ScopePart part)
 static Datum
 read_argument(FunctionCallInfo fcinfo, int argument)
 {
-	if (PG_ARGISNULL(argument))
+	if (CALL_ARGISNULL(argument))
 		return PointerGetDatum(cstring_to_text_with_len("", 0));
 	return PG_GETARG_DATUM(argument);
 }

@@ -170,8 +170,8 @@ StoreTable(void)
 /*
  * Open the table of this database for one call.
  *
- * With a lock mode for writing, the lock is kept to the end of the
- * transaction.  Errors: 55000 when the table is not the one that this library
+ * The lock is kept to the end of the transaction, as a statement would keep
+ * it.  Errors: 55000 when the table is not the one that this library
  * was made for, 0A000 when it has triggers or rules.
  */
 void
@@ -209,15 +209,13 @@ StoreOpen(Store *store, LOCKMODE lockmode)
 void
 StoreClose(Store *store)
 {
-	LOCKMODE	unlock = store->lockmode >= RowExclusiveLock ? NoLock : store->lockmode;
-
 	if (store->writer != NULL)
 		close_writer(store);
 	if (store->slot != NULL)
 		ExecDropSingleTupleTableSlot(store->slot);
 	if (store->index != NULL)
-		index_close(store->index, unlock);
-	table_close(store->rel, unlock);
+		index_close(store->index, NoLock);
+	table_close(store->rel, NoLock);
 }
 
 /*
