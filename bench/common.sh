@@ -49,13 +49,37 @@ stop() {
 	wait						# valgrind writes when the server is gone
 }
 
+# start_counting: start the server with callgrind around each of its processes
+start_counting() {
+	start valgrind -q --tool=callgrind --trace-children=yes \
+		--callgrind-out-file="$dir/callgrind.%p"
+}
+
+# counted PID: the instructions of a process that has ended, or is about to
+counted() {
+	until grep -qs '^totals:' "$dir/callgrind.$1"; do
+		sleep 0.2
+	done
+	sed -n 's/^totals: //p' "$dir/callgrind.$1"
+}
+
+# last_client: the process that served the last pgbench; needs log_connections
+last_client() {
+	sed -n 's/^.* \([0-9]*\) LOG: .*application_name=pgbench.*/\1/p' "$dir/log" | tail -n 1
+}
+
+# figure WHAT NUMBER UNIT [COMPARED_WITH NUMBER]: print a line of results
+figure() {
+	echo "$(version),$1,$2,$3,${4-},${5:+$(quotient "$2" "$5")}"
+}
+
 # sql ARGUMENT...: the bare result of psql
 sql() {
 	"$bindir/psql" -XAtq -v ON_ERROR_STOP=1 "$@"
 }
 
 version() {
-	sql -c "select split_part(current_setting('server_version'), ' ', 1)"
+	"$bindir/postgres" --version | sed -E 's/[^0-9]*([0-9.]+).*/\1/'
 }
 
 # quartile NUMBER: of the numbers in the input; 2 is the median
@@ -66,7 +90,7 @@ quartile() {
 # percentile NUMBER: of the numbers in the input
 percentile() {
 	sort -g | awk -v part="$1" '{ value[NR] = $1 }
-		END { at = int(NR * part / 100 + 0.999999); print value[at > 0 ? at : 1] }'
+		END { at = int(NR * part / 100 + 0.999999); if (at < 1) at = 1; print value[at] }'
 }
 
 # quotient A B
