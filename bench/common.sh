@@ -97,3 +97,28 @@ percentile() {
 quotient() {
 	awk -v a="$1" -v b="$2" 'BEGIN { printf "%.2f", a / b }'
 }
+
+# turn CLIENTS SECONDS SCRIPT: have pgbench run a script; print transactions a
+# second, and the average and the percentiles 50, 95 and 99 of the latencies in
+# milliseconds
+turn() {
+	rm -f "$dir"/latency.*
+	"$bindir/pgbench" -n -M prepared -c "$1" -j 2 -T "$2" -l --log-prefix="$dir/latency" \
+		-f "$3" >"$dir/out" 2>&1 || { cat "$dir/out" >&2; exit 1; }
+	cut -d ' ' -f 3 "$dir"/latency.* | sort -n |
+		awk -v tps="$(sed -n 's/^tps = \([0-9.]*\).*/\1/p' "$dir/out")" '
+			{ value[NR] = $1 / 1000; sum += value[NR] }
+			function at(part) { return value[int((NR * part + 99) / 100)] }
+			END { printf "%.0f %.3f %.3f %.3f %.3f\n", tps, sum / NR, at(50), at(95), at(99) }'
+}
+
+# medians FILE: of each column of numbers, as CSV
+medians() {
+	local column columns values=()
+
+	columns=$(head -n 1 "$1" | wc -w)
+	for ((column = 1; column <= columns; column++)); do
+		values+=("$(cut -d ' ' -f $column "$1" | quartile 2)")
+	done
+	(IFS=, && echo "${values[*]}")
+}
