@@ -98,13 +98,13 @@ quotient() {
 	awk -v a="$1" -v b="$2" 'BEGIN { printf "%.2f", a / b }'
 }
 
-# turn CLIENTS SECONDS SCRIPT: have pgbench run a script; print transactions a
-# second, and the average and the percentiles 50, 95 and 99 of the latencies in
-# milliseconds
+# turn CLIENTS SECONDS SCRIPT [OPTION...]: have pgbench run a script; print
+# transactions a second, and the average and the percentiles 50, 95 and 99 of
+# the latencies in milliseconds
 turn() {
 	rm -f "$dir"/latency.*
 	"$bindir/pgbench" -n -M prepared -c "$1" -j 2 -T "$2" -l --log-prefix="$dir/latency" \
-		-f "$3" >"$dir/out" 2>&1 || { cat "$dir/out" >&2; exit 1; }
+		-f "$3" "${@:4}" >"$dir/out" 2>&1 || { tail -n 20 "$dir/out" >&2; exit 1; }
 	cut -d ' ' -f 3 "$dir"/latency.* | sort -n |
 		awk -v tps="$(sed -n 's/^tps = \([0-9.]*\).*/\1/p' "$dir/out")" '
 			{ value[NR] = $1 / 1000; sum += value[NR] }
