@@ -54,12 +54,14 @@ create extension idempotency;
 create table orders (id bigint generated always as identity primary key, customer int not null);
 create table order_line (order_id bigint not null references orders, line int not null,
 	sku text not null, primary key (order_id, line));
-create function create_order(request jsonb) returns json language sql begin atomic
-	with new as (insert into orders (customer) values ((request->>'customer')::int) returning id),
-	lines as (insert into order_line select id, line, 'sku-' || line
-		from new, generate_series(1, 2) as line)
-	select json_build_object('order', id, 'status', 'created') from new;
-end;
+create function create_order(request jsonb) returns json language plpgsql as \$\$
+declare
+	new_id bigint;
+begin
+	insert into orders (customer) values (request['customer']::int) returning id into new_id;
+	insert into order_line values (new_id, 1, 'book-42'), (new_id, 2, 'pen-7');
+	return json_build_object('order', new_id, 'status', 'created');
+end \$\$;
 create function transfer(request jsonb) returns json language plpgsql as \$\$
 declare
 	account int := request['aid'];

@@ -6,8 +6,8 @@
  * A function that is called in FROM has an expression for each of its
  * arguments, which the executor makes ready and evaluates one by one in every
  * execution of a statement, also for an argument that was not given and has
- * its default.  That is a fifth of what it takes to get a stored answer, and
- * what most calls do not give are the last arguments, whose default is null.
+ * its default.  That is a tenth of what a begin that replays takes, and what
+ * most calls do not give are the last arguments, whose default is null.
  *
  * So the planner is asked to leave out trailing arguments that are null
  * constants.  A function learns from fcinfo how many arguments it got; the

@@ -356,5 +356,13 @@ CREATE EXTENSION idempotency;
 SELECT run('k8');
 SELECT run('k8');
 
+-- nobody alters the table under a transaction that has looked into it
+BEGIN;
+SELECT outcome FROM idempotency_replay('t', 'a', 'k8');
+SELECT relation::regclass, mode FROM pg_locks
+WHERE pid = pg_backend_pid() AND relation::regclass::text LIKE 'idempotency_key%'
+ORDER BY relation::regclass::text;
+COMMIT;
+
 DROP FUNCTION run;
 DROP EXTENSION idempotency;
