@@ -75,7 +75,8 @@ SELECT set_eq(
           'idempotency_in_flight', 'idempotency_tracking',
           'idempotency_worker_status', 'idempotency_stats',
           'idempotency_metrics_room', 'idempotency_percentile',
-          'idempotency_histogram_add', 'idempotency_histogram_sum'],
+          'idempotency_histogram_add', 'idempotency_histogram_sum',
+          'idempotency_support'],
     'functions');
 SELECT is((SELECT count(*) FROM member_function),
           (SELECT count(DISTINCT proname) FROM member_function),
@@ -407,7 +408,9 @@ SELECT set_eq(
       ('idempotency_histogram_add',
        'bigint[], bigint[]', 'bigint[]', 'f', 'i', true, 's'),
       ('idempotency_histogram_sum',
-       'bigint[]', 'bigint[]', 'a', 'i', false, 's')$$,
+       'bigint[]', 'bigint[]', 'a', 'i', false, 's'),
+      ('idempotency_support',
+       'internal', 'internal', 'f', 'i', true, 'u')$$,
     'arguments, results, volatility, strictness and parallel safety');
 SELECT is_empty(
     $$SELECT proname FROM member_function
@@ -421,6 +424,14 @@ SELECT is_empty(
 SELECT is_empty(
     $$SELECT proname FROM member_function WHERE proconfig IS NOT NULL$$,
     'no function changes settings');
+SELECT set_eq(
+    $$SELECT proname::text, prosupport::regproc::text FROM member_function
+      WHERE prosupport <> 0$$,
+    $$SELECT name, (SELECT oid::regproc::text FROM member_function
+                    WHERE proname = 'idempotency_support')
+      FROM unnest(ARRAY['idempotency_begin', 'idempotency_try_begin',
+                        'idempotency_replay', 'idempotency_run']) AS name$$,
+    'the planner is asked to leave out arguments of the calls that return a row');
 
 --
 -- Rights
