@@ -28,11 +28,11 @@ OBJS = \
 	src/owner.o \
 	src/result.o \
 	src/run.o \
+	src/scan.o \
 	src/schedule.o \
 	src/scope.o \
 	src/status.o \
 	src/store.o \
-	src/support.o \
 	src/sweep.o \
 	src/wake.o \
 	src/watch.o \

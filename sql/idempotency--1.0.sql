@@ -174,7 +174,7 @@ AS 'MODULE_PATHNAME'
 LANGUAGE C IMMUTABLE STRICT;
 
 COMMENT ON FUNCTION idempotency_support(internal) IS
-'has the planner leave out the last arguments of a call when they are null';
+'marks the functions whose calls in FROM have a plan of their own, and loads the library for it';
 
 CREATE FUNCTION idempotency_begin(
     tenant text,

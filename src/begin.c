@@ -43,7 +43,6 @@
 #include "lease.h"
 #include "metrics.h"
 #include "miscadmin.h"
-#include "result.h"
 #include "utils/timestamp.h"
 #include "wake.h"
 
@@ -151,7 +150,7 @@ Datum
 idempotency_replay(PG_FUNCTION_ARGS)
 {
 	Request		request;
-	Datum		result;
+	ResultRow	row;
 
 	ScopeFromArguments(&request.scope, fcinfo, REPLAY_ACTOR);
 	FingerprintFromArguments(&request.fingerprint, fcinfo,
@@ -167,26 +166,26 @@ idempotency_replay(PG_FUNCTION_ARGS)
 			raise_outcome(&request, OUTCOME_MISMATCHED);
 		}
 		report_outcome(&request, OUTCOME_REPLAYED, NULL);
-		result = ResultAnswer("replayed", &request.record);
+		ResultAnswer(&row, "replayed", &request.record);
 	}
 	else
-		result = ResultNone();
+		ResultNone(&row);
 	StoreClose(&request.store);
 
-	return result;
+	return ResultReturn(fcinfo, &row);
 }
 
 /*
  * Begin a request, for begin and for run.
  *
- * Returns the claim if it is ours, and *result is then what begin returns.
- * Otherwise returns null, and *result is the stored answer or, unless they are
+ * Returns the claim if it is ours, and *row is then what begin returns.
+ * Otherwise returns null, and *row is the stored answer or, unless they are
  * to be raised as errors, that the request is in flight or mismatched.
  *
  * Errors: ID003 and ID004 if so asked, ID005, 40001.
  */
 Claim *
-BeginRequest(Request *request, bool raise, Datum *result)
+BeginRequest(Request *request, bool raise, ResultRow *row)
 {
 	Claim	   *claim = NULL;
 	Outcome		outcome;
@@ -206,17 +205,19 @@ BeginRequest(Request *request, bool raise, Datum *result)
 
 	if (outcome == OUTCOME_STARTED)
 	{
-		*result = ResultStarted(&claim->facts,
-								claim->takes_over ? &request->record : NULL);
+		ResultStarted(row, &claim->facts,
+					  claim->takes_over ? &request->record : NULL);
 	}
 	else if (outcome == OUTCOME_REPLAYED)
-		*result = ResultAnswer("replayed", &request->record);
+		ResultAnswer(row, "replayed", &request->record);
 	else
 	{
 		if (raise)
 			raise_outcome(request, outcome);
-		*result = outcome == OUTCOME_MISMATCHED ? ResultMismatched() :
-			ResultInFlight(get_retry_after(request));
+		if (outcome == OUTCOME_MISMATCHED)
+			ResultMismatched(row);
+		else
+			ResultInFlight(row, get_retry_after(request));
 	}
 	StoreClose(&request->store);
 
@@ -230,7 +231,7 @@ static Datum
 begin_request(FunctionCallInfo fcinfo, const char *function, bool raise)
 {
 	Request		request;
-	Datum		result;
+	ResultRow	row;
 
 	CallNeedsReadWrite(function);
 	ScopeFromArguments(&request.scope, fcinfo, BEGIN_ACTOR);
@@ -240,11 +241,11 @@ begin_request(FunctionCallInfo fcinfo, const char *function, bool raise)
 	request.error_ttl = CallReadErrorTtl();
 	request.wait_ms = CallReadWait(fcinfo, BEGIN_WAIT);
 	request.lease = 0;
-	if (!CALL_ARGISNULL(BEGIN_LEASE))
+	if (!PG_ARGISNULL(BEGIN_LEASE))
 		request.lease = CallReadLease(fcinfo, BEGIN_LEASE);
 
-	(void) BeginRequest(&request, raise, &result);
-	return result;
+	(void) BeginRequest(&request, raise, &row);
+	return ResultReturn(fcinfo, &row);
 }
 
 /*

@@ -11,6 +11,7 @@
 #include "postgres.h"
 
 #include "claim.h"
+#include "result.h"
 #include "store.h"
 
 /* A call of begin, and what it finds */
@@ -37,6 +38,6 @@ typedef struct Request
 	InFlightClaim holder;
 } Request;
 
-extern Claim *BeginRequest(Request *request, bool raise, Datum *result);
+extern Claim *BeginRequest(Request *request, bool raise, ResultRow *row);
 
 #endif							/* IDEMPOTENCY_BEGIN_H */

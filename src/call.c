@@ -40,7 +40,7 @@ CallReadTtl(FunctionCallInfo fcinfo, int argument)
 {
 	int64		ttl;
 
-	if (CALL_ARGISNULL(argument))
+	if (PG_ARGISNULL(argument))
 		return check_setting("idempotency.ttl",
 							 (int64) idempotency_ttl * USECS_PER_SEC);
 
@@ -74,7 +74,7 @@ CallReadLease(FunctionCallInfo fcinfo, int argument)
 {
 	int64		lease;
 
-	if (CALL_ARGISNULL(argument))
+	if (PG_ARGISNULL(argument))
 		return check_setting("idempotency.lease",
 							 (int64) idempotency_lease * 1000);
 
@@ -96,7 +96,7 @@ CallReadWait(FunctionCallInfo fcinfo, int argument)
 {
 	int64		wait;
 
-	if (CALL_ARGISNULL(argument))
+	if (PG_ARGISNULL(argument))
 		return idempotency_wait;
 
 	wait = CallIntervalToUsecs(PG_GETARG_INTERVAL_P(argument));

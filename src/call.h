@@ -13,12 +13,6 @@
 #include "datatype/timestamp.h"
 #include "fmgr.h"
 
-/*
- * Whether an argument of a call is null, given or not: support.c says why the
- * last ones may be missing.
- */
-#define CALL_ARGISNULL(n)	((n) >= PG_NARGS() || PG_ARGISNULL(n))
-
 extern void CallNeedsReadWrite(const char *function);
 extern int64 CallReadTtl(FunctionCallInfo fcinfo, int argument);
 extern int64 CallReadErrorTtl(void);

@@ -23,11 +23,16 @@
 #include "access/tableam.h"
 #include "catalog/pg_database.h"
 #include "catalog/pg_extension.h"
+#include "commands/explain.h"
 #include "commands/extension.h"
 #include "executor/executor.h"
 #include "utils/fmgroids.h"
 #include "utils/guc_tables.h"
 #include "utils/relcache.h"
+
+#if PG_VERSION_NUM >= 180000
+#include "commands/explain_format.h"	/* was part of explain.h */
+#endif
 
 #if PG_VERSION_NUM >= 160000
 #include "varatt.h"				/* was part of postgres.h */

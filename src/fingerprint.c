@@ -110,7 +110,7 @@ void
 FingerprintFromArguments(Fingerprint *fingerprint, FunctionCallInfo fcinfo,
 						 int request_argument, int hash_argument)
 {
-	if (!CALL_ARGISNULL(hash_argument))
+	if (!PG_ARGISNULL(hash_argument))
 	{
 		bytea	   *digest = PG_GETARG_BYTEA_PP(hash_argument);
 		int			len = VARSIZE_ANY_EXHDR(digest);
@@ -130,7 +130,7 @@ FingerprintFromArguments(Fingerprint *fingerprint, FunctionCallInfo fcinfo,
 
 		FingerprintFromBytea(fingerprint, PointerGetDatum(digest));
 	}
-	else if (!CALL_ARGISNULL(request_argument))
+	else if (!PG_ARGISNULL(request_argument))
 		FingerprintFromRequest(fingerprint, &fcinfo->args[request_argument]);
 	else
 		fingerprint->len = 0;

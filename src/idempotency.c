@@ -24,6 +24,7 @@
 #include "metrics.h"
 #include "miscadmin.h"
 #include "nodes/pg_list.h"
+#include "scan.h"
 #include "status.h"
 #include "store.h"
 #include "utils/guc.h"
@@ -99,6 +100,7 @@ _PG_init(void)
 	InFlightInit();
 	MetricsInit();
 	FlushInit();
+	ScanInit();
 }
 
 /*

@@ -10,6 +10,7 @@
 #include "access/htup_details.h"
 #include "catalog/pg_type_d.h"
 #include "funcapi.h"
+#include "nodes/makefuncs.h"
 #include "result.h"
 #include "utils/builtins.h"
 #include "utils/timestamp.h"
@@ -28,159 +29,200 @@
 #define Anum_result_created_at		10
 #define Anum_result_finished_at		11
 #define Anum_result_expires_at		12
-#define Natts_result				12
 
 static const Oid result_types[Natts_result] = {
 	TEXTOID, INT4OID, JSONOID, JSONBOID, BYTEAOID, INT4OID, TEXTOID, JSONBOID,
 	INTERVALOID, TIMESTAMPTZOID, TIMESTAMPTZOID, TIMESTAMPTZOID
 };
 
-/* A row in the making; all columns are null at first */
-typedef struct ResultRow
-{
-	Datum		values[Natts_result];
-	bool		nulls[Natts_result];
-} ResultRow;
-
-static void init_result(ResultRow *result, const char *outcome);
-static void set_value(ResultRow *result, int column, Datum value);
-static void copy_column(ResultRow *result, int column,
+static void init_row(ResultRow *row, const char *outcome);
+static void set_value(ResultRow *row, int column, Datum value);
+static void copy_column(ResultRow *row, int column,
 						const Record *record, int record_column);
-static Datum make_datum(ResultRow *result);
+static Datum make_datum(ResultRow *row);
+static bool has_shape(TupleDesc desc, const Oid *types, int natts);
 
 /*
  * The caller has the claim and is to do the work, or to go on with what the
  * record says when it was taken over; that is null when it was not.
  */
-Datum
-ResultStarted(const ClaimFacts *facts, const Record *taken_over)
+void
+ResultStarted(ResultRow *row, const ClaimFacts *facts, const Record *taken_over)
 {
-	ResultRow	result;
-
-	init_result(&result, "started");
-	set_value(&result, Anum_result_attempt, Int32GetDatum(facts->attempt));
-	set_value(&result, Anum_result_created_at,
+	init_row(row, "started");
+	set_value(row, Anum_result_attempt, Int32GetDatum(facts->attempt));
+	set_value(row, Anum_result_created_at,
 			  TimestampTzGetDatum(facts->started_at));
 
 	if (taken_over != NULL)
 	{
-		copy_column(&result, Anum_result_created_at,
+		copy_column(row, Anum_result_created_at,
 					taken_over, Anum_idempotency_key_created_at);
-		copy_column(&result, Anum_result_recovery_point,
+		copy_column(row, Anum_result_recovery_point,
 					taken_over, Anum_idempotency_key_recovery_point);
-		copy_column(&result, Anum_result_recovery_state,
+		copy_column(row, Anum_result_recovery_state,
 					taken_over, Anum_idempotency_key_recovery_state);
 	}
-
-	return make_datum(&result);
 }
 
 /*
  * An answer, whether it was just given or is replayed.
  */
-Datum
-ResultAnswer(const char *outcome, const Record *record)
+void
+ResultAnswer(ResultRow *row, const char *outcome, const Record *record)
 {
-	ResultRow	result;
-
-	init_result(&result, outcome);
-	copy_column(&result, Anum_result_status_code,
+	init_row(row, outcome);
+	copy_column(row, Anum_result_status_code,
 				record, Anum_idempotency_key_status_code);
-	copy_column(&result, Anum_result_response,
+	copy_column(row, Anum_result_response,
 				record, Anum_idempotency_key_response);
-	copy_column(&result, Anum_result_headers,
+	copy_column(row, Anum_result_headers,
 				record, Anum_idempotency_key_headers);
-	copy_column(&result, Anum_result_body,
+	copy_column(row, Anum_result_body,
 				record, Anum_idempotency_key_body);
-	copy_column(&result, Anum_result_attempt,
+	copy_column(row, Anum_result_attempt,
 				record, Anum_idempotency_key_attempt);
-	copy_column(&result, Anum_result_created_at,
+	copy_column(row, Anum_result_created_at,
 				record, Anum_idempotency_key_created_at);
-	copy_column(&result, Anum_result_finished_at,
+	copy_column(row, Anum_result_finished_at,
 				record, Anum_idempotency_key_finished_at);
-	copy_column(&result, Anum_result_expires_at,
+	copy_column(row, Anum_result_expires_at,
 				record, Anum_idempotency_key_expires_at);
-
-	return make_datum(&result);
 }
 
 /*
  * The key was used with a different request, of which nothing is told.
  */
-Datum
-ResultMismatched(void)
+void
+ResultMismatched(ResultRow *row)
 {
-	ResultRow	result;
-
-	init_result(&result, "mismatched");
-	return make_datum(&result);
+	init_row(row, "mismatched");
 }
 
 /*
  * Come again after retry_after microseconds.
  */
-Datum
-ResultInFlight(int64 retry_after)
+void
+ResultInFlight(ResultRow *row, int64 retry_after)
 {
-	ResultRow	result;
 	Interval   *interval = palloc0_object(Interval);
 
 	interval->time = retry_after;
 
-	init_result(&result, "in_flight");
-	set_value(&result, Anum_result_retry_after, IntervalPGetDatum(interval));
-
-	return make_datum(&result);
+	init_row(row, "in_flight");
+	set_value(row, Anum_result_retry_after, IntervalPGetDatum(interval));
 }
 
 /*
  * A row of nulls: there is no answer.
  */
-Datum
-ResultNone(void)
+void
+ResultNone(ResultRow *row)
 {
-	ResultRow	result;
-
-	init_result(&result, NULL);
-	return make_datum(&result);
-}
-
-static void
-init_result(ResultRow *result, const char *outcome)
-{
-	memset(result->values, 0, sizeof(result->values));
-	memset(result->nulls, true, sizeof(result->nulls));
-
-	if (outcome != NULL)
-		set_value(result, Anum_result_outcome, CStringGetTextDatum(outcome));
-}
-
-static void
-set_value(ResultRow *result, int column, Datum value)
-{
-	result->values[column - 1] = value;
-	result->nulls[column - 1] = false;
-}
-
-static void
-copy_column(ResultRow *result, int column,
-			const Record *record, int record_column)
-{
-	result->values[column - 1] = record->values[record_column - 1];
-	result->nulls[column - 1] = record->nulls[record_column - 1];
+	init_row(row, NULL);
 }
 
 /*
- * The row as a datum, with everything that is stored out of line fetched.
+ * Whether calls of a function can be made into a row; only then may
+ * ResultCallInto() be asked for one.
  */
+bool
+ResultIsOf(const FuncExpr *call)
+{
+	TupleDesc	desc;
+
+	return get_expr_result_type((Node *) call, NULL, &desc) == TYPEFUNC_COMPOSITE &&
+		has_shape(desc, result_types, Natts_result);
+}
+
+/*
+ * The same call, with an argument more than the function has: where
+ * ResultReturn() is to put the row.
+ */
+Expr *
+ResultCallInto(const FuncExpr *call, ResultRow *row)
+{
+	FuncExpr   *result = makeNode(FuncExpr);
+	Const	   *target = makeConst(INTERNALOID, -1, InvalidOid, sizeof(Datum),
+								   PointerGetDatum(row), false, true);
+
+	*result = *call;
+	result->args = lappend(list_copy(call->args), target);
+	return (Expr *) result;
+}
+
+/*
+ * Return a row from a function: to where its caller wants it, with a null for
+ * the datum, or as a datum.
+ */
+Datum
+ResultReturn(FunctionCallInfo fcinfo, ResultRow *row)
+{
+	int			nargs = fcinfo->flinfo->fn_nargs;
+
+	if (PG_NARGS() > nargs)
+	{
+		*(ResultRow *) PG_GETARG_POINTER(nargs) = *row;
+		PG_RETURN_NULL();
+	}
+
+	return make_datum(row);
+}
+
+/*
+ * Make all columns null but the outcome, which may be null too.
+ */
+static void
+init_row(ResultRow *row, const char *outcome)
+{
+	memset(row->values, 0, sizeof(row->values));
+	memset(row->nulls, true, sizeof(row->nulls));
+
+	if (outcome != NULL)
+		set_value(row, Anum_result_outcome, CStringGetTextDatum(outcome));
+}
+
+static void
+set_value(ResultRow *row, int column, Datum value)
+{
+	row->values[column - 1] = value;
+	row->nulls[column - 1] = false;
+}
+
+/*
+ * Take a column of a record.  What it refers to is copied, and fetched if it
+ * is stored out of line, because the record's row will not be held.
+ */
+static void
+copy_column(ResultRow *row, int column, const Record *record, int record_column)
+{
+	Datum		value = record->values[record_column - 1];
+
+	if (record->nulls[record_column - 1])
+		return;
+
+	switch (result_types[column - 1])
+	{
+		case INT4OID:
+			break;
+		case TIMESTAMPTZOID:
+			value = TimestampTzGetDatum(DatumGetTimestampTz(value));
+			break;
+		default:
+			value = PointerGetDatum(PG_DETOAST_DATUM_COPY(value));
+			break;
+	}
+	set_value(row, column, value);
+}
+
 static Datum
-make_datum(ResultRow *result)
+make_datum(ResultRow *row)
 {
 	TupleDesc	desc = lookup_rowtype_tupdesc(StoreResultType(), -1);
 	HeapTuple	tuple;
 
 	ResultCheckShape(desc, result_types, Natts_result);
-	tuple = heap_form_tuple(desc, result->values, result->nulls);
+	tuple = heap_form_tuple(desc, row->values, row->nulls);
 	ReleaseTupleDesc(desc);
 
 	return HeapTupleGetDatum(tuple);
@@ -192,15 +234,20 @@ make_datum(ResultRow *result)
 void
 ResultCheckShape(TupleDesc desc, const Oid *types, int natts)
 {
-	bool		matches = desc->natts == natts;
-
-	for (int i = 0; matches && i < natts; i++)
-		matches = TupleDescAttr(desc, i)->atttypid == types[i];
-
-	if (!matches)
+	if (!has_shape(desc, types, natts))
 		ereport(ERROR,
 				(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
 				 errmsg("type \"%s\" is not the one that the loaded library was made for",
 						format_type_be(desc->tdtypeid)),
 				 errhint("Run ALTER EXTENSION idempotency UPDATE, and start a new session.")));
+}
+
+static bool
+has_shape(TupleDesc desc, const Oid *types, int natts)
+{
+	bool		matches = desc->natts == natts;
+
+	for (int i = 0; matches && i < natts; i++)
+		matches = TupleDescAttr(desc, i)->atttypid == types[i];
+	return matches;
 }

@@ -11,14 +11,31 @@
 #include "postgres.h"
 
 #include "access/tupdesc.h"
+#include "fmgr.h"
 #include "in_flight.h"
+#include "nodes/primnodes.h"
 #include "store.h"
 
-extern Datum ResultStarted(const ClaimFacts *facts, const Record *taken_over);
-extern Datum ResultAnswer(const char *outcome, const Record *record);
-extern Datum ResultMismatched(void);
-extern Datum ResultInFlight(int64 retry_after);
-extern Datum ResultNone(void);
+/* Columns of idempotency_result */
+#define Natts_result				12
+
+/* A row as its columns; a column is at [Anum - 1] */
+typedef struct ResultRow
+{
+	Datum		values[Natts_result];
+	bool		nulls[Natts_result];
+} ResultRow;
+
+extern void ResultStarted(ResultRow *row, const ClaimFacts *facts,
+						  const Record *taken_over);
+extern void ResultAnswer(ResultRow *row, const char *outcome,
+						 const Record *record);
+extern void ResultMismatched(ResultRow *row);
+extern void ResultInFlight(ResultRow *row, int64 retry_after);
+extern void ResultNone(ResultRow *row);
+extern bool ResultIsOf(const FuncExpr *call);
+extern Expr *ResultCallInto(const FuncExpr *call, ResultRow *row);
+extern Datum ResultReturn(FunctionCallInfo fcinfo, ResultRow *row);
 extern void ResultCheckShape(TupleDesc desc, const Oid *types, int natts);
 
 #endif							/* IDEMPOTENCY_RESULT_H */

@@ -93,11 +93,11 @@ idempotency_run(PG_FUNCTION_ARGS)
 	Answer		answer;
 	Record		record;
 	StatusClass class;
-	Datum		result;
+	ResultRow	row;
 
 	CallNeedsReadWrite("idempotency_run()");
 	ScopeFromArguments(&request.scope, fcinfo, RUN_ACTOR);
-	if (CALL_ARGISNULL(RUN_HANDLER))
+	if (PG_ARGISNULL(RUN_HANDLER))
 		ereport(ERROR,
 				(errcode(ERRCODE_NULL_VALUE_NOT_ALLOWED),
 				 errmsg("handler is missing")));
@@ -108,8 +108,8 @@ idempotency_run(PG_FUNCTION_ARGS)
 	request.lease = 0;
 	rettype = check_handler(PG_GETARG_OID(RUN_HANDLER));
 
-	if (BeginRequest(&request, true, &result) == NULL)
-		return result;
+	if (BeginRequest(&request, true, &row) == NULL)
+		return ResultReturn(fcinfo, &row);
 
 	call_handler(PG_GETARG_OID(RUN_HANDLER), rettype,
 				 &fcinfo->args[RUN_REQUEST], &answer);
@@ -128,7 +128,8 @@ idempotency_run(PG_FUNCTION_ARGS)
 		RecordSetNull(&record, expires_at);
 	}
 
-	return ResultAnswer(StatusClassName(class), &record);
+	ResultAnswer(&row, StatusClassName(class), &record);
+	return ResultReturn(fcinfo, &row);
 }
 
 /*

@@ -142,7 +142,7 @@ ScopeNamePart(const ScopeName *name, ScopePart part)
 static Datum
 read_argument(FunctionCallInfo fcinfo, int argument)
 {
-	if (CALL_ARGISNULL(argument))
+	if (PG_ARGISNULL(argument))
 		return PointerGetDatum(cstring_to_text_with_len("", 0));
 	return PG_GETARG_DATUM(argument);
 }

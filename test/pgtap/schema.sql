@@ -431,7 +431,7 @@ SELECT set_eq(
                     WHERE proname = 'idempotency_support')
       FROM unnest(ARRAY['idempotency_begin', 'idempotency_try_begin',
                         'idempotency_replay', 'idempotency_run']) AS name$$,
-    'the planner is asked to leave out arguments of the calls that return a row');
+    'the calls that return a row have a plan of their own');
 
 --
 -- Rights

@@ -89,6 +89,12 @@ sub restart_with
 meet_claim('not preloaded', 'plain', 0);
 is($node->safe_psql('postgres', $tracking),
 	'||', 'not preloaded: nothing is tracked');
+is( $node->safe_psql(
+		'postgres',
+		'EXPLAIN (COSTS OFF)'
+		  . " SELECT outcome FROM idempotency_replay('shop', 'pay', 'plain')"),
+	'Custom Scan (Idempotency Call)',
+	'not preloaded: the first call of a session is planned as any other');
 is($node->safe_psql('postgres', "LOAD 'idempotency'; SHOW idempotency.ttl"),
 	'1d', 'LOAD: settings are known');
 is($node->safe_psql('postgres', "LOAD 'idempotency'; $tracking"),
