@@ -16,6 +16,7 @@ our @EXPORT = qw(
   end_session
   accidents
   start_after_kill
+  wait_for_restart
   wait_for_end_of
   run_out
   complaints_of
@@ -127,8 +128,7 @@ sub accidents
 			my $log = -s $node->logfile;
 
 			kill 'KILL', $pids[0];
-			$node->wait_for_log(qr/all server processes terminated/, $log);
-			$node->poll_query_until('postgres', 'SELECT true');
+			wait_for_restart($node, $log);
 		},
 		'backend terminated' => sub {
 			foreach my $pid (@_)
@@ -161,6 +161,27 @@ sub start_after_kill
 		select(undef, undef, undef, 0.1);
 	}
 	die 'server does not start after its postmaster was killed';
+}
+
+# Wait until a server has begun anew, after one of its processes was killed, and
+# lets clients in; its log is looked at from an offset on.
+#
+# Meanwhile it turns clients away, and a psql that is turned away may be gone
+# before its first statement has been written to it, which would be an error in
+# IPC::Run.  pg_isready reads nothing.
+sub wait_for_restart
+{
+	my ($node, $offset) = @_;
+
+	$node->wait_for_log(qr/all server processes terminated/, $offset);
+	for (1 .. 10 * $PostgreSQL::Test::Utils::timeout_default)
+	{
+		return
+		  if run_log(
+			[ 'pg_isready', '-q', '-h', $node->host, '-p', $node->port ]);
+		select(undef, undef, undef, 0.1);
+	}
+	die 'server does not come back after a process was killed';
 }
 
 # Wait until a server process is gone.

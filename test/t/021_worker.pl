@@ -429,8 +429,7 @@ foreach my $signal ('TERM', 'KILL')
 		}
 		else
 		{
-			$node->wait_for_log(qr/all server processes terminated/, $offset);
-			$node->poll_query_until('postgres', 'SELECT true');
+			wait_for_restart($node, $offset);
 		}
 		is_swept('busy', "$type gets $signal: sweeping goes on");
 		ok( $node->poll_query_until(
