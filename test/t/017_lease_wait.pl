@@ -333,14 +333,15 @@ sub test_cancel
 		'cancel: by a request');
 	$waiter->{stderr} = '';
 
-	$waiter->query_safe("SET statement_timeout = '300 ms'");
+	$waiter->query_safe('BEGIN');
+	$waiter->query_safe("SET LOCAL statement_timeout = '300 ms'");
 	$waiter->query($begin);
 	like(
 		$waiter->{stderr},
 		qr/ERROR:  canceling statement due to statement timeout/,
 		'cancel: by statement_timeout');
 	$waiter->{stderr} = '';
-	$waiter->query_safe('RESET statement_timeout');
+	$waiter->query_safe('ROLLBACK');
 
 	# in a savepoint the transaction survives, and can wait again
 	$waiter->query_safe('BEGIN');
