@@ -247,10 +247,8 @@ SELECT duel_finish(:n, :attempt);
 SQL
 
 my $dir = $node->basedir;
-my $errors = "$dir/torture.err";
 my $go_on = "$dir/torture.on";
 append_to_file($go_on, '');
-append_to_file($errors, '');
 append_to_file("$dir/worker.sql",
 	(($begin . $attempt) x 4
 		. ($begin =~ s/:lease/NULL::interval/gr) . $transaction_claim) x 5);
@@ -264,14 +262,18 @@ END
 	unlink $go_on if defined $go_on;
 }
 
-# Clients that lose their connection are replaced
+# Clients that lose their connection are replaced.  Each loop has a file of its
+# own for what its client prints, which is not a line at a time.
 my @background;
+my @errors;
 
 sub run_in_loop
 {
 	my ($name, $script) = @_;
 
+	my $errors = "$dir/torture." . scalar(@errors) . '.err';
 	local $ENV{PGAPPNAME} = $name;
+	push @errors, $errors;
 	push @background,
 	  IPC::Run::start(
 		[
@@ -381,7 +383,7 @@ my @unexpected = grep {
 	  && !/FATAL:  (57P01: )?terminating connection due to administrator command$/
 	  && !/error: connection to server was lost$/
 	  && !/WARNING:  01000: PID \d+ is not a PostgreSQL (backend|server) process$/
-} split(/\n/, slurp_file($errors));
+} map { split(/\n/, slurp_file($_)) } @errors;
 is(join("\n", @unexpected), '', 'clients got no other errors');
 is(complaints_of($node, deadlocks => 1), '',
 	'the server has nothing to complain of');
