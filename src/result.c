@@ -137,7 +137,8 @@ ResultIsOf(const FuncExpr *call)
 
 /*
  * The same call, with an argument more than the function has: where
- * ResultReturn() is to put the row.
+ * ResultReturn() is to put the row.  SQL cannot give it, because a function is
+ * found by the number of arguments that it has.
  */
 Expr *
 ResultCallInto(const FuncExpr *call, ResultRow *row)

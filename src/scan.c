@@ -23,7 +23,8 @@
  *	  the function has to be called again when they did.  Without them it is
  *	  called once, however often its row is read, just as by the server's node,
  *	  and what it leaves in memory can stay until the query ends.
- *	- queries that want the row as a whole, as those do that lock rows.
+ *	- queries that want the row as a whole, as most do that change or lock rows
+ *	  of a table beside it.
  *	- ROWS FROM with more than one function, and WITH ORDINALITY.
  *
  *-------------------------------------------------------------------------
@@ -37,7 +38,6 @@
 #include "optimizer/optimizer.h"
 #include "optimizer/pathnode.h"
 #include "optimizer/paths.h"
-#include "optimizer/planmain.h"
 #include "optimizer/restrictinfo.h"
 #include "result.h"
 #include "scan.h"
@@ -49,10 +49,14 @@ typedef struct CallScanState
 {
 	CustomScanState custom;		/* must be first */
 	ExprState  *call;			/* puts its result in row */
+	bool		called;
 	ResultRow	row;
-	bool		called;			/* the columns are in the slot */
-	bool		returned;		/* and have been read */
+	int			position;		/* before the row, at it, or behind it */
 } CallScanState;
+
+#define BEFORE_ROW	0
+#define AT_ROW		1
+#define BEHIND_ROW	2
 
 static void offer_call_scan(PlannerInfo *root, RelOptInfo *rel, Index rti,
 							RangeTblEntry *rte);
@@ -69,6 +73,7 @@ static TupleTableSlot *exec_scan(CustomScanState *node);
 static TupleTableSlot *next_row(ScanState *node);
 static bool recheck_row(ScanState *node, TupleTableSlot *slot);
 static void call_function(CallScanState *state);
+static void fill_slot(CallScanState *state);
 static void end_scan(CustomScanState *node);
 static void rescan(CustomScanState *node);
 static void explain_scan(CustomScanState *node, List *ancestors,
@@ -137,6 +142,10 @@ offer_call_scan(PlannerInfo *root, RelOptInfo *rel, Index rti,
 	if (previous_set_rel_pathlist_hook != NULL)
 		previous_set_rel_pathlist_hook(root, rel, rti, rte);
 
+	/* what was proven to have no rows must stay without */
+	if (IS_DUMMY_REL(rel))
+		return;
+
 	call = get_call(rte);
 	if (call == NULL || !is_supported(call->funcid) || !ResultIsOf(call) ||
 		!bms_is_empty(rel->lateral_relids) ||
@@ -148,11 +157,12 @@ offer_call_scan(PlannerInfo *root, RelOptInfo *rel, Index rti,
 	path->path = *(Path *) linitial(rel->pathlist);
 	path->path.type = T_CustomPath;
 	path->path.pathtype = T_CustomScan;
-	path->flags = CUSTOMPATH_SUPPORT_PROJECTION;
+	path->flags = CUSTOMPATH_SUPPORT_PROJECTION |
+		CUSTOMPATH_SUPPORT_BACKWARD_SCAN;
 	path->custom_private = list_make2(call, columns);
 	path->methods = &path_methods;
 
-	/* there is no query for which the server's is better */
+	/* never worse than the server's, which is all that there was */
 	rel->pathlist = list_make1(path);
 }
 
@@ -169,7 +179,7 @@ get_call(const RangeTblEntry *rte)
 		return NULL;
 
 	expr = linitial_node(RangeTblFunction, rte->functions)->funcexpr;
-	return IsA(expr, FuncExpr) ? castNode(FuncExpr, expr) : NULL;
+	return IsA(expr, FuncExpr) ? (FuncExpr *) expr : NULL;
 }
 
 /*
@@ -198,7 +208,7 @@ may_change(Node *node, void *context)
 	if (node == NULL)
 		return false;
 	if (IsA(node, Param))
-		return castNode(Param, node)->paramkind != PARAM_EXTERN;
+		return ((Param *) node)->paramkind != PARAM_EXTERN;
 	if (IsA(node, Var) || IsA(node, PlaceHolderVar) ||
 		IsA(node, SubPlan) || IsA(node, AlternativeSubPlan))
 		return true;
@@ -242,14 +252,13 @@ plan_call_scan(PlannerInfo *root, RelOptInfo *rel, CustomPath *path,
 			   List *tlist, List *clauses, List *custom_plans)
 {
 	CustomScan *scan = makeNode(CustomScan);
-	FuncExpr   *call = linitial_node(FuncExpr, path->custom_private);
 	List	   *columns = lsecond_node(List, path->custom_private);
 	ListCell   *lc;
 
 	scan->scan.plan.targetlist = tlist;
 	scan->scan.plan.qual = extract_actual_clauses(clauses, false);
 	scan->flags = path->flags;
-	scan->custom_exprs = list_make1(call);
+	scan->custom_exprs = list_make1(linitial(path->custom_private));
 	scan->methods = &scan_methods;
 
 	foreach(lc, columns)
@@ -260,9 +269,6 @@ plan_call_scan(PlannerInfo *root, RelOptInfo *rel, CustomPath *path,
 
 		scan->custom_scan_tlist = lappend(scan->custom_scan_tlist, column);
 	}
-
-	/* another function, of the same OID, could not be called in this way */
-	record_plan_function_dependency(root, call->funcid);
 
 	return &scan->scan.plan;
 }
@@ -295,50 +301,74 @@ exec_scan(CustomScanState *node)
 }
 
 /*
- * The row, the first time; then none.
+ * The row, when the scan comes to it in either direction.
  */
 static TupleTableSlot *
 next_row(ScanState *node)
 {
 	CallScanState *state = (CallScanState *) node;
 
-	if (state->returned)
+	if (ScanDirectionIsForward(node->ps.state->es_direction))
+		state->position = Min(state->position + 1, BEHIND_ROW);
+	else
+		state->position = Max(state->position - 1, BEFORE_ROW);
+	if (state->position != AT_ROW)
 		return NULL;
 
 	if (!state->called)
 		call_function(state);
-	state->called = true;
-	state->returned = true;
+	fill_slot(state);
 	return node->ss_ScanTupleSlot;
 }
 
 /*
- * There is no later version of a row that is in no table.
+ * Put in the slot what there is for EvalPlanQual.  It executes a copy of the
+ * plan for the new version of a row of another table, and what it needs of a
+ * scan that is not of a table it gets from here (ExecScanFetch() in
+ * execScan.c).  So the function is called again, as by the server's node.
  */
 static bool
 recheck_row(ScanState *node, TupleTableSlot *slot)
 {
-	return true;
+	return next_row(node) != NULL;
 }
 
 /*
- * Call the function, and put the columns of its row in the slot.  They have to
- * stay until the query ends, for a rescan.
+ * Call the function.  The row that it leaves has to stay until the query ends,
+ * for a rescan.
  */
 static void
 call_function(CallScanState *state)
 {
 	ScanState  *node = &state->custom.ss;
-	List	   *columns = castNode(CustomScan, node->ps.plan)->custom_scan_tlist;
-	TupleTableSlot *slot = node->ss_ScanTupleSlot;
 	MemoryContext old_context;
 	bool		isnull;
-	ListCell   *lc;
+
+	/* what it stays if the function is strict, and not called at all */
+	ResultNone(&state->row);
 
 	old_context = MemoryContextSwitchTo(node->ps.state->es_query_cxt);
 	(void) ExecEvalExpr(state->call, node->ps.ps_ExprContext, &isnull);
 	MemoryContextSwitchTo(old_context);
 
+	/* not one of ours, but with our support */
+	if (!isnull)
+		elog(ERROR, "function has not put its row where it was asked to");
+	state->called = true;
+}
+
+/*
+ * Put the columns of the row that the query needs in the slot.
+ */
+static void
+fill_slot(CallScanState *state)
+{
+	ScanState  *node = &state->custom.ss;
+	List	   *columns = castNode(CustomScan, node->ps.plan)->custom_scan_tlist;
+	TupleTableSlot *slot = node->ss_ScanTupleSlot;
+	ListCell   *lc;
+
+	ExecClearTuple(slot);
 	foreach(lc, columns)
 	{
 		int			i = foreach_current_index(lc);
@@ -362,24 +392,29 @@ end_scan(CustomScanState *node)
 static void
 rescan(CustomScanState *node)
 {
-	((CallScanState *) node)->returned = false;
+	((CallScanState *) node)->position = BEFORE_ROW;
 }
 
 /*
- * Say what is called, in the way of the server's node.
+ * Say what is called: the name, and the arguments with VERBOSE, as for the
+ * server's node.
  */
 static void
 explain_scan(CustomScanState *node, List *ancestors, ExplainState *es)
 {
 	CustomScan *scan = castNode(CustomScan, node->ss.ps.plan);
+	FuncExpr   *call = linitial_node(FuncExpr, scan->custom_exprs);
 	List	   *context;
 
 	if (!es->verbose)
+	{
+		ExplainPropertyText("Function", get_func_name(call->funcid), es);
 		return;
+	}
 
 	context = set_deparse_context_plan(es->deparse_cxt, &scan->scan.plan,
 									   ancestors);
 	ExplainPropertyText("Function Call",
-						deparse_expression(linitial(scan->custom_exprs),
-										   context, false, false), es);
+						deparse_expression((Node *) call, context, false, false),
+						es);
 }

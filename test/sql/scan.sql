@@ -48,10 +48,18 @@ SELECT count(*) FROM idempotency_replay('acme', 'pay', 'a');
 SELECT 'x' AS x FROM idempotency_replay('acme', 'pay', 'a');
 SELECT count(outcome), sum(status_code) FROM idempotency_replay('acme', 'pay', 'c');
 SELECT max(status_code) FROM idempotency_replay('acme', 'pay', 'a') GROUP BY outcome ORDER BY outcome;
+SELECT DISTINCT status_code, count(*) OVER (PARTITION BY outcome) FROM idempotency_replay('acme', 'pay', 'a');
 SELECT p.status, p.told FROM idempotency_replay('acme', 'pay', 'a') AS p (told, status);
 SELECT outcome FROM idempotency_replay('acme', 'pay', 'a')
 UNION ALL
 SELECT outcome FROM idempotency_replay('acme', 'pay', 'c');
+WITH RECURSIVE twice (outcome, n) AS (
+    SELECT outcome, 1 FROM idempotency_replay('acme', 'pay', 'a')
+    UNION ALL
+    SELECT r.outcome, n + 1 FROM twice, idempotency_replay('acme', 'pay', 'c') AS r WHERE n < 2)
+SELECT * FROM twice;
+SELECT key FROM idempotency_key WHERE key = 'a' AND status_code IN (SELECT status_code FROM idempotency_replay('acme', 'pay', 'a'));
+SELECT key FROM idempotency_key WHERE key = 'a' AND EXISTS (SELECT FROM idempotency_replay('acme', 'pay', 'a') AS r WHERE r.created_at = idempotency_key.created_at);
 -- a row that is not there has nulls
 SELECT outcome, status_code, response, created_at FROM idempotency_replay('acme', 'pay', 'c');
 -- all outcomes
@@ -116,6 +124,18 @@ ROLLBACK;
 SELECT * FROM idempotency_begin('acme', 'pay', NULL) LIMIT 0;
 SELECT outcome FROM idempotency_begin('acme', 'pay', NULL) WHERE false;
 
+SET constraint_exclusion = on;
+SELECT outcome FROM idempotency_begin('acme', 'pay', NULL) WHERE status_code > 300 AND status_code < 200;
+RESET constraint_exclusion;
+BEGIN;
+SELECT count(*), max(outcome)
+FROM (SELECT 1 AS part, outcome FROM idempotency_begin('acme', 'pay', 'first')
+      UNION ALL
+      SELECT 2, outcome FROM idempotency_begin('acme', 'pay', 'second')) AS parts
+WHERE part = 1;
+SELECT key FROM idempotency_in_flight ORDER BY key;
+ROLLBACK;
+
 -- the row outlives the record, also when that is stored out of line
 CREATE TABLE large AS
 SELECT jsonb_agg(encode(sha256(n::text::bytea), 'hex')) AS request FROM generate_series(1, 2000) AS n;
@@ -131,11 +151,19 @@ DELETE FROM idempotency_key WHERE key = 'large';
 SELECT outcome FROM idempotency_replay('acme', 'pay', 'large');
 FETCH answer;
 COMMIT;
--- a cursor goes back
+-- a cursor goes back and forth, also one that joins
 BEGIN;
-DECLARE answer SCROLL CURSOR FOR SELECT outcome FROM idempotency_replay('acme', 'pay', 'a');
+DECLARE answer CURSOR FOR SELECT outcome FROM idempotency_replay('acme', 'pay', 'a');
+FETCH BACKWARD ALL answer;
+FETCH ALL answer;
 FETCH ALL answer;
 FETCH BACKWARD ALL answer;
+FETCH BACKWARD ALL answer;
+FETCH ALL answer;
+DECLARE answers SCROLL CURSOR FOR
+SELECT n, outcome FROM generate_series(1, 2) AS n LEFT JOIN idempotency_replay('acme', 'pay', 'a') ON n > 1;
+FETCH ALL answers;
+FETCH BACKWARD ALL answers;
 COMMIT;
 
 -- left to the server: arguments of other tables and subqueries, whole rows, numbered rows, several functions, rows that are locked
@@ -146,6 +174,13 @@ SELECT ask.key, outcome FROM ask, idempotency_replay('acme', 'pay', ask.key) ORD
 SELECT * FROM scans($$SELECT outcome FROM idempotency_replay('acme', 'pay', (SELECT min(key) FROM ask))$$);
 SELECT outcome FROM idempotency_replay('acme', 'pay', (SELECT min(key) FROM ask));
 SELECT key, (SELECT outcome FROM idempotency_replay('acme', 'pay', ask.key)) FROM ask ORDER BY key;
+SELECT * FROM scans($$SELECT outcome FROM idempotency_replay('acme', 'pay', CASE WHEN 'x' IN (SELECT key FROM ask) THEN 'a' ELSE 'c' END)$$);
+SELECT * FROM scans($$SELECT ask.key, r.k, r.outcome FROM ask LEFT JOIN LATERAL (SELECT ask.key AS k, outcome FROM idempotency_replay('acme', 'pay', 'a')) AS r ON true$$);
+SELECT ask.key, r.k, r.outcome
+FROM ask LEFT JOIN LATERAL (SELECT ask.key AS k, outcome FROM idempotency_replay('acme', 'pay', 'a')) AS r ON true ORDER BY 1;
+SELECT ask.key, r.outcome
+FROM ask, LATERAL (SELECT outcome FROM idempotency_replay('acme', 'pay', 'a') UNION ALL SELECT outcome FROM idempotency_replay('acme', 'pay', ask.key)) AS r
+ORDER BY 1, 2;
 SELECT * FROM scans($$SELECT r FROM idempotency_replay('acme', 'pay', 'c') AS r$$);
 SELECT r FROM idempotency_replay('acme', 'pay', 'c') AS r;
 SELECT * FROM scans($$SELECT outcome FROM idempotency_replay('acme', 'pay', 'a') AS r WHERE r IS NOT NULL$$);
@@ -154,6 +189,15 @@ SELECT outcome, n FROM idempotency_replay('acme', 'pay', 'a') WITH ORDINALITY AS
 SELECT * FROM scans($$SELECT outcome FROM ROWS FROM (idempotency_replay('acme', 'pay', 'a'), generate_series(1, 2))$$);
 SELECT * FROM scans($$SELECT outcome FROM ask, idempotency_replay('acme', 'pay', 'a') FOR UPDATE OF ask$$);
 SELECT outcome FROM ask, idempotency_replay('acme', 'pay', 'a') FOR UPDATE OF ask;
+SELECT * FROM scans($$UPDATE ask SET key = outcome FROM idempotency_replay('acme', 'pay', 'a')$$);
+SELECT * FROM scans($$DELETE FROM ask USING idempotency_replay('acme', 'pay', 'a') WHERE key = outcome$$);
+SELECT * FROM scans($$MERGE INTO ask USING idempotency_replay('acme', 'pay', 'a') ON key = outcome WHEN MATCHED THEN DELETE$$);
+-- but not these, which only look alike
+SELECT * FROM scans($$INSERT INTO ask SELECT outcome FROM idempotency_replay('acme', 'pay', 'a')$$);
+SELECT ask.key, r.told
+FROM ask LEFT JOIN (SELECT coalesce(outcome, 'none') AS told FROM idempotency_replay('acme', 'pay', 'c')) AS r ON ask.key <> 'p' ORDER BY 1;
+SELECT told, count(*)
+FROM (SELECT coalesce(outcome, 'none') AS told FROM idempotency_replay('acme', 'pay', 'c')) AS r, ask GROUP BY GROUPING SETS ((told), ()) ORDER BY 2, 1;
 
 -- the right to call is asked for, at each execution
 CREATE ROLE regress_scan;
@@ -175,6 +219,14 @@ SELECT outcome FROM idempotency_replay('acme', 'pay', 'a');
 SELECT calls FROM pg_stat_xact_user_functions WHERE funcname = 'idempotency_replay';
 ROLLBACK;
 
+-- a strict function is not called with a null
+PREPARE strict(text) AS SELECT outcome, status_code FROM idempotency_replay('acme', 'pay', 'a', '{"amount": 1}', $1, '\x00');
+BEGIN;
+ALTER FUNCTION idempotency_replay STRICT;
+EXECUTE strict(NULL);
+ROLLBACK;
+DEALLOCATE strict;
+
 -- a plan does not outlive its function
 BEGIN;
 EXECUTE answer;
@@ -191,6 +243,8 @@ BEGIN
 END $$;
 EXECUTE answer;
 SELECT * FROM scans('EXECUTE answer');
+ALTER FUNCTION idempotency_replay SUPPORT idempotency_support;
+EXECUTE answer;
 ROLLBACK;
 EXECUTE answer;
 BEGIN;
@@ -198,7 +252,6 @@ ALTER TYPE idempotency_result ADD ATTRIBUTE more int;
 SELECT * FROM scans($$SELECT outcome FROM idempotency_replay('acme', 'pay', 'a')$$);
 SELECT outcome FROM idempotency_replay('acme', 'pay', 'a');
 ROLLBACK;
-DEALLOCATE answer;
 
 -- a view has what was written
 CREATE VIEW answer AS SELECT r.status_code FROM idempotency_replay('acme', 'pay', 'a') AS r;
@@ -208,4 +261,8 @@ SELECT * FROM answer;
 DROP VIEW answer;
 DROP TABLE ask, large;
 DROP FUNCTION scans, echo, pay, outcome_of;
+DROP EXTENSION idempotency;
+EXECUTE answer;
+CREATE EXTENSION idempotency;
+EXECUTE answer;
 DROP EXTENSION idempotency;
