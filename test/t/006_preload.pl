@@ -93,7 +93,7 @@ is( $node->safe_psql(
 		'postgres',
 		'EXPLAIN (COSTS OFF)'
 		  . " SELECT outcome FROM idempotency_replay('shop', 'pay', 'plain')"),
-	'Custom Scan (Idempotency Call)',
+	"Custom Scan (Idempotency Call)\n  Function: idempotency_replay",
 	'not preloaded: the first call of a session is planned as any other');
 is($node->safe_psql('postgres', "LOAD 'idempotency'; SHOW idempotency.ttl"),
 	'1d', 'LOAD: settings are known');
