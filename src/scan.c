@@ -8,7 +8,7 @@
  * of rows: it copies the row type three times, has a memory context and an
  * expression for each argument, stores the tuple that the function forms, as
  * another form of tuple, in a tuplestore, and gets it back from there.  That
- * is half of what it takes to find an answer.
+ * is more than half of what it takes to find an answer.
  *
  * A call of ours returns one row.  So the planner is offered a custom scan,
  * which evaluates the call as an expression and takes the columns that the

@@ -137,7 +137,7 @@ ScopeNamePart(const ScopeName *name, ScopePart part)
 }
 
 /*
- * An argument as text, '' when it is null or was left out.
+ * An argument as text, '' when it is null.
  */
 static Datum
 read_argument(FunctionCallInfo fcinfo, int argument)
