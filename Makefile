@@ -18,19 +18,25 @@ OBJS = \
 	src/finish.o \
 	src/first_seen.o \
 	src/flush.o \
+	src/forget.o \
+	src/guard.o \
 	src/histogram.o \
 	src/idempotency.o \
 	src/in_flight.o \
+	src/keep.o \
 	src/launcher.o \
 	src/lease.o \
 	src/log.o \
 	src/metrics.o \
 	src/owner.o \
+	src/replay.o \
+	src/request.o \
 	src/result.o \
 	src/run.o \
 	src/scan.o \
 	src/schedule.o \
 	src/scope.o \
+	src/sha256.o \
 	src/status.o \
 	src/store.o \
 	src/sweep.o \
@@ -53,6 +59,9 @@ PROVE_TESTS ?= test/t/*.pl
 PG_CONFIG ?= pg_config
 PGXS := $(shell $(PG_CONFIG) --pgxs)
 include $(PGXS)
+
+# What the server is linked to for its hashes, if anything
+SHLIB_LINK += $(filter -lcrypto, $(LIBS))
 
 # Before PostgreSQL 16 all symbols of a library are visible to others; make sure
 # that ours are taken for ourselves.

@@ -18,10 +18,11 @@ CREATE TYPE idempotency_result AS (
     response json,
     headers jsonb,
     body bytea,
+    claim uuid,
     attempt int,
     recovery_point text,
     recovery_state jsonb,
-    retry_after interval,
+    retry_after int,
     created_at timestamptz,
     finished_at timestamptz,
     expires_at timestamptz
@@ -30,7 +31,7 @@ CREATE TYPE idempotency_result AS (
 COMMENT ON TYPE idempotency_result IS
 'what a request is told: its outcome and, where there is one, the stored answer';
 COMMENT ON COLUMN idempotency_result.outcome IS
-'started, replayed, mismatched or in_flight; from idempotency_run, what idempotency_finish would say instead of started';
+'started, replayed, mismatched or in_flight; from idempotency_run and idempotency_store, what idempotency_finish would say instead of started; from idempotency_replay also stalled, or null';
 COMMENT ON COLUMN idempotency_result.status_code IS
 'HTTP status of the stored answer';
 COMMENT ON COLUMN idempotency_result.response IS
@@ -39,14 +40,16 @@ COMMENT ON COLUMN idempotency_result.headers IS
 'stored headers';
 COMMENT ON COLUMN idempotency_result.body IS
 'stored answer that is not JSON';
+COMMENT ON COLUMN idempotency_result.claim IS
+'id of a leased claim that was started, which finish, checkpoint and release need';
 COMMENT ON COLUMN idempotency_result.attempt IS
-'how many times the work was begun, this time included';
+'how many times the work was begun, this time included; for a request in flight, by who works on it';
 COMMENT ON COLUMN idempotency_result.recovery_point IS
 'how far an earlier attempt got';
 COMMENT ON COLUMN idempotency_result.recovery_state IS
 'what an earlier attempt saved to go on from there';
 COMMENT ON COLUMN idempotency_result.retry_after IS
-'when a repeat of a request in flight should come again';
+'after how many seconds a repeat of a request in flight should come again';
 COMMENT ON COLUMN idempotency_result.created_at IS
 'when the request was begun';
 COMMENT ON COLUMN idempotency_result.finished_at IS
@@ -57,17 +60,23 @@ COMMENT ON COLUMN idempotency_result.expires_at IS
 CREATE TYPE idempotency_response AS (
     status_code int,
     headers jsonb,
-    response json
+    response json,
+    body bytea,
+    ttl interval
 );
 
 COMMENT ON TYPE idempotency_response IS
-'what a handler may return: an answer with its HTTP status and headers';
+'what a handler may return: an answer with its HTTP status and headers, and how long to keep it';
 COMMENT ON COLUMN idempotency_response.status_code IS
 'HTTP status of the answer';
 COMMENT ON COLUMN idempotency_response.headers IS
 'headers of the answer';
 COMMENT ON COLUMN idempotency_response.response IS
-'the answer';
+'the answer, when it is JSON';
+COMMENT ON COLUMN idempotency_response.body IS
+'the answer, when it is not JSON';
+COMMENT ON COLUMN idempotency_response.ttl IS
+'how long to keep the answer, null for what the call or the settings say';
 
 --
 -- Table
@@ -104,6 +113,7 @@ CREATE TABLE idempotency_key (
     headers jsonb,
     response json,
     body bytea,
+    claim uuid,
     attempt int NOT NULL,
     recovery_point text,
     recovery_state jsonb,
@@ -143,8 +153,10 @@ COMMENT ON COLUMN idempotency_key.response IS
 'the answer, when it is JSON';
 COMMENT ON COLUMN idempotency_key.body IS
 'the answer, when it is not JSON';
+COMMENT ON COLUMN idempotency_key.claim IS
+'id of the leased claim that the record is of; null for any other claim';
 COMMENT ON COLUMN idempotency_key.attempt IS
-'how many times the work was begun';
+'how many times the work was begun since the record is kept';
 COMMENT ON COLUMN idempotency_key.recovery_point IS
 'how far the work under a leased claim got';
 COMMENT ON COLUMN idempotency_key.recovery_state IS
@@ -185,12 +197,13 @@ CREATE FUNCTION idempotency_begin(
     ttl interval DEFAULT NULL,
     wait interval DEFAULT NULL,
     lease interval DEFAULT NULL,
-    request_hash bytea DEFAULT NULL
+    request_hash bytea DEFAULT NULL,
+    claim uuid DEFAULT NULL
 ) RETURNS idempotency_result
 AS 'MODULE_PATHNAME'
 LANGUAGE C VOLATILE PARALLEL UNSAFE SUPPORT idempotency_support;
 
-COMMENT ON FUNCTION idempotency_begin(text, text, text, jsonb, text, interval, interval, interval, bytea) IS
+COMMENT ON FUNCTION idempotency_begin(text, text, text, jsonb, text, interval, interval, interval, bytea, uuid) IS
 'claim a request, or get its stored answer; raises an error when it is in flight or mismatched';
 
 CREATE FUNCTION idempotency_try_begin(
@@ -202,12 +215,13 @@ CREATE FUNCTION idempotency_try_begin(
     ttl interval DEFAULT NULL,
     wait interval DEFAULT NULL,
     lease interval DEFAULT NULL,
-    request_hash bytea DEFAULT NULL
+    request_hash bytea DEFAULT NULL,
+    claim uuid DEFAULT NULL
 ) RETURNS idempotency_result
 AS 'MODULE_PATHNAME'
 LANGUAGE C VOLATILE PARALLEL UNSAFE SUPPORT idempotency_support;
 
-COMMENT ON FUNCTION idempotency_try_begin(text, text, text, jsonb, text, interval, interval, interval, bytea) IS
+COMMENT ON FUNCTION idempotency_try_begin(text, text, text, jsonb, text, interval, interval, interval, bytea, uuid) IS
 'claim a request, or get its stored answer; tells by the outcome when it is in flight or mismatched';
 
 CREATE FUNCTION idempotency_finish(
@@ -218,13 +232,14 @@ CREATE FUNCTION idempotency_finish(
     response json DEFAULT NULL,
     headers jsonb DEFAULT NULL,
     actor text DEFAULT NULL,
-    attempt int DEFAULT NULL,
-    body bytea DEFAULT NULL
+    claim uuid DEFAULT NULL,
+    body bytea DEFAULT NULL,
+    ttl interval DEFAULT NULL
 ) RETURNS text
 AS 'MODULE_PATHNAME'
 LANGUAGE C VOLATILE PARALLEL UNSAFE;
 
-COMMENT ON FUNCTION idempotency_finish(text, text, text, int, json, jsonb, text, int, bytea) IS
+COMMENT ON FUNCTION idempotency_finish(text, text, text, int, json, jsonb, text, uuid, bytea, interval) IS
 'store the answer of a claimed request and end the claim';
 
 CREATE FUNCTION idempotency_replay(
@@ -239,26 +254,45 @@ AS 'MODULE_PATHNAME'
 LANGUAGE C VOLATILE PARALLEL UNSAFE SUPPORT idempotency_support;
 
 COMMENT ON FUNCTION idempotency_replay(text, text, text, jsonb, text, bytea) IS
-'get the stored answer of a request without claiming it, also on a standby';
+'look what became of a request without claiming it, also on a standby';
 
 CREATE FUNCTION idempotency_release(
     tenant text,
     action text,
     key text,
     actor text DEFAULT NULL,
-    attempt int DEFAULT NULL
+    claim uuid DEFAULT NULL
 ) RETURNS boolean
 AS 'MODULE_PATHNAME'
 LANGUAGE C VOLATILE PARALLEL UNSAFE;
 
-COMMENT ON FUNCTION idempotency_release(text, text, text, text, int) IS
-'give back a claim without an answer; returns whether there was one';
+COMMENT ON FUNCTION idempotency_release(text, text, text, text, uuid) IS
+'give back a claim without an answer; returns false if that was done before';
+
+CREATE FUNCTION idempotency_store(
+    tenant text,
+    action text,
+    key text,
+    request jsonb,
+    status_code int,
+    response json DEFAULT NULL,
+    headers jsonb DEFAULT NULL,
+    actor text DEFAULT NULL,
+    body bytea DEFAULT NULL,
+    ttl interval DEFAULT NULL,
+    request_hash bytea DEFAULT NULL
+) RETURNS idempotency_result
+AS 'MODULE_PATHNAME'
+LANGUAGE C VOLATILE PARALLEL UNSAFE SUPPORT idempotency_support;
+
+COMMENT ON FUNCTION idempotency_store(text, text, text, jsonb, int, json, jsonb, text, bytea, interval, bytea) IS
+'keep an answer that is known already, unless there is one or the request is in flight';
 
 CREATE FUNCTION idempotency_checkpoint(
     tenant text,
     action text,
     key text,
-    attempt int,
+    claim uuid,
     recovery_point text,
     recovery_state jsonb DEFAULT NULL,
     lease interval DEFAULT NULL,
@@ -267,7 +301,7 @@ CREATE FUNCTION idempotency_checkpoint(
 AS 'MODULE_PATHNAME'
 LANGUAGE C VOLATILE PARALLEL UNSAFE;
 
-COMMENT ON FUNCTION idempotency_checkpoint(text, text, text, int, text, jsonb, interval, text) IS
+COMMENT ON FUNCTION idempotency_checkpoint(text, text, text, uuid, text, jsonb, interval, text) IS
 'save how far the work under a leased claim got, and renew its lease; returns the new end of it';
 
 CREATE FUNCTION idempotency_run(
@@ -284,7 +318,23 @@ AS 'MODULE_PATHNAME'
 LANGUAGE C VOLATILE PARALLEL UNSAFE SUPPORT idempotency_support;
 
 COMMENT ON FUNCTION idempotency_run(text, text, text, jsonb, regprocedure, text, interval, interval) IS
-'get the stored answer of a request, or have a function make one and store it';
+'get the stored answer of a request, or have a function make one and store it; raises an error when it is in flight or mismatched';
+
+CREATE FUNCTION idempotency_try_run(
+    tenant text,
+    action text,
+    key text,
+    request jsonb,
+    handler regprocedure,
+    actor text DEFAULT NULL,
+    ttl interval DEFAULT NULL,
+    wait interval DEFAULT NULL
+) RETURNS idempotency_result
+AS 'MODULE_PATHNAME'
+LANGUAGE C VOLATILE PARALLEL UNSAFE SUPPORT idempotency_support;
+
+COMMENT ON FUNCTION idempotency_try_run(text, text, text, jsonb, regprocedure, text, interval, interval) IS
+'get the stored answer of a request, or have a function make one and store it; tells by the outcome when it is in flight or mismatched';
 
 CREATE FUNCTION idempotency_first_seen(
     tenant text,
@@ -323,16 +373,27 @@ COMMENT ON FUNCTION idempotency_event_key(text, text, bigint, uuid) IS
 -- Calls of an administrator
 --
 
+CREATE FUNCTION idempotency_forget(
+    tenant text,
+    action text,
+    key text,
+    actor text DEFAULT NULL
+) RETURNS boolean
+AS 'MODULE_PATHNAME'
+LANGUAGE C VOLATILE PARALLEL UNSAFE;
+
+COMMENT ON FUNCTION idempotency_forget(text, text, text, text) IS
+'delete the record of a request that is not in flight, or of a message that was seen; returns whether there was one';
+
 CREATE PROCEDURE idempotency_sweep(
     batch_size int DEFAULT NULL,
-    max_duration interval DEFAULT NULL,
-    INOUT swept bigint DEFAULT NULL
+    max_duration interval DEFAULT NULL
 )
 AS 'MODULE_PATHNAME'
 LANGUAGE C;
 
-COMMENT ON PROCEDURE idempotency_sweep(int, interval, bigint) IS
-'delete expired records, in batches of a transaction each; returns how many';
+COMMENT ON PROCEDURE idempotency_sweep(int, interval) IS
+'delete expired records, in batches of a transaction each';
 
 CREATE FUNCTION idempotency_schedule(
     schedule text DEFAULT '* * * * *'
@@ -365,70 +426,6 @@ LANGUAGE C VOLATILE PARALLEL SAFE;
 
 COMMENT ON FUNCTION idempotency_in_flight() IS
 'claims of transactions in this database, as known in shared memory';
-
--- A lease that was begun in a transaction that still runs is known twice to that
--- transaction.
-CREATE VIEW idempotency_in_flight AS
-    WITH held AS MATERIALIZED (
-        SELECT * FROM idempotency_in_flight()
-    )
-    SELECT pid, tenant, actor, action, key, attempt, started_at, lease_expires_at
-    FROM held
-    UNION ALL
-    SELECT NULL, tenant, actor, action, key, attempt, created_at, lease_expires_at
-    FROM idempotency_key AS k
-    WHERE state = 'pending'
-      AND lease_expires_at > pg_catalog.clock_timestamp()
-      AND NOT EXISTS (
-          SELECT FROM held AS h
-          WHERE h.tenant = k.tenant AND h.action = k.action
-            AND h.key = k.key AND h.actor = k.actor);
-
-COMMENT ON VIEW idempotency_in_flight IS
-'claims in flight in this database: leases, and claims of transactions if the library is preloaded';
-COMMENT ON COLUMN idempotency_in_flight.pid IS
-'process that holds the claim, null when no process does';
-COMMENT ON COLUMN idempotency_in_flight.tenant IS
-'tenant of the request';
-COMMENT ON COLUMN idempotency_in_flight.actor IS
-'actor of the request';
-COMMENT ON COLUMN idempotency_in_flight.action IS
-'action of the request';
-COMMENT ON COLUMN idempotency_in_flight.key IS
-'key of the request';
-COMMENT ON COLUMN idempotency_in_flight.attempt IS
-'how many times the work was begun';
-COMMENT ON COLUMN idempotency_in_flight.started_at IS
-'when the claim was begun; for a lease, when the request was begun first';
-COMMENT ON COLUMN idempotency_in_flight.lease_expires_at IS
-'when another caller may take over a leased claim';
-
-CREATE VIEW idempotency_stalled AS
-    SELECT tenant, actor, action, key, attempt, recovery_point,
-           created_at AS started_at, lease_expires_at
-    FROM idempotency_key
-    WHERE state = 'pending'
-      AND lease_expires_at <= pg_catalog.clock_timestamp()
-      AND expires_at > pg_catalog.clock_timestamp();
-
-COMMENT ON VIEW idempotency_stalled IS
-'leases that ran out and wait for the next repeat to take them over';
-COMMENT ON COLUMN idempotency_stalled.tenant IS
-'tenant of the request';
-COMMENT ON COLUMN idempotency_stalled.actor IS
-'actor of the request';
-COMMENT ON COLUMN idempotency_stalled.action IS
-'action of the request';
-COMMENT ON COLUMN idempotency_stalled.key IS
-'key of the request';
-COMMENT ON COLUMN idempotency_stalled.attempt IS
-'how many times the work was begun';
-COMMENT ON COLUMN idempotency_stalled.recovery_point IS
-'how far the work got';
-COMMENT ON COLUMN idempotency_stalled.started_at IS
-'when the request was begun first';
-COMMENT ON COLUMN idempotency_stalled.lease_expires_at IS
-'when the lease ran out';
 
 CREATE FUNCTION idempotency_tracking(
     OUT capacity int,
@@ -526,64 +523,6 @@ LANGUAGE C VOLATILE PARALLEL SAFE;
 COMMENT ON FUNCTION idempotency_stats() IS
 'what became of requests in this database, by action, as counted in shared memory';
 
-CREATE VIEW idempotency_stats AS
-    SELECT * FROM idempotency_stats();
-
-COMMENT ON VIEW idempotency_stats IS
-'what became of requests in this database, by action, since counting began; empty unless the library is preloaded';
-COMMENT ON COLUMN idempotency_stats.action IS
-'the operation, or '''' for all those that found no room of their own';
-COMMENT ON COLUMN idempotency_stats.started IS
-'requests whose work was begun';
-COMMENT ON COLUMN idempotency_stats.replayed IS
-'repeats that got the stored answer';
-COMMENT ON COLUMN idempotency_stats.in_flight IS
-'repeats that were told that the request is in flight';
-COMMENT ON COLUMN idempotency_stats.mismatched IS
-'different requests under a key that was used';
-COMMENT ON COLUMN idempotency_stats.expired IS
-'requests started that found a record whose time was over';
-COMMENT ON COLUMN idempotency_stats.stalled IS
-'leases that ran out, as far as a background worker saw them';
-COMMENT ON COLUMN idempotency_stats.taken_over IS
-'requests started that took over a lease that had run out';
-COMMENT ON COLUMN idempotency_stats.completed IS
-'answers stored';
-COMMENT ON COLUMN idempotency_stats.errored IS
-'final errors stored';
-COMMENT ON COLUMN idempotency_stats.released IS
-'claims given back without an answer';
-COMMENT ON COLUMN idempotency_stats.swept IS
-'records deleted after their time';
-COMMENT ON COLUMN idempotency_stats.held IS
-'claims that transactions hold at this moment';
-COMMENT ON COLUMN idempotency_stats.leases IS
-'leases in flight, null where no background worker has counted them';
-COMMENT ON COLUMN idempotency_stats.stalled_leases IS
-'leases that ran out and wait for the next repeat, counted at the same time';
-COMMENT ON COLUMN idempotency_stats.run_time IS
-'time from begin to the end of claims, in all, in milliseconds';
-COMMENT ON COLUMN idempotency_stats.run_time_p50 IS
-'time from begin to the end of a claim that half of them do not exceed';
-COMMENT ON COLUMN idempotency_stats.run_time_p95 IS
-'the same for 95 in a hundred';
-COMMENT ON COLUMN idempotency_stats.run_time_p99 IS
-'the same for 99 in a hundred';
-COMMENT ON COLUMN idempotency_stats.run_time_histogram IS
-'histogram of the time from begin to the end of claims';
-COMMENT ON COLUMN idempotency_stats.lookup_time IS
-'time to look up records, in all, in milliseconds';
-COMMENT ON COLUMN idempotency_stats.lookup_time_p50 IS
-'time to look up a record that half of the lookups do not exceed';
-COMMENT ON COLUMN idempotency_stats.lookup_time_p95 IS
-'the same for 95 in a hundred';
-COMMENT ON COLUMN idempotency_stats.lookup_time_p99 IS
-'the same for 99 in a hundred';
-COMMENT ON COLUMN idempotency_stats.lookup_time_histogram IS
-'histogram of the time to look up records';
-COMMENT ON COLUMN idempotency_stats.since IS
-'when counting began';
-
 CREATE FUNCTION idempotency_metrics_room(
     OUT capacity int,
     OUT used int,
@@ -598,6 +537,7 @@ COMMENT ON FUNCTION idempotency_metrics_room() IS
 CREATE TABLE idempotency_metric (
     bucket timestamptz NOT NULL,
     action text COLLATE "C" NOT NULL,
+    node text COLLATE "C" NOT NULL,
     started bigint NOT NULL,
     replayed bigint NOT NULL,
     in_flight bigint NOT NULL,
@@ -613,15 +553,17 @@ CREATE TABLE idempotency_metric (
     lookup_time double precision NOT NULL,
     run_time_histogram bigint[] NOT NULL,
     lookup_time_histogram bigint[] NOT NULL,
-    PRIMARY KEY (bucket, action)
+    PRIMARY KEY (bucket, action, node)
 );
 
 COMMENT ON TABLE idempotency_metric IS
-'what became of requests, by minute and action; flushed from shared memory';
+'what became of requests, by minute, action and node; flushed from shared memory';
 COMMENT ON COLUMN idempotency_metric.bucket IS
 'start of the minute in which it was flushed';
 COMMENT ON COLUMN idempotency_metric.action IS
 'the operation, or '''' for all those that found no room of their own';
+COMMENT ON COLUMN idempotency_metric.node IS
+'who has counted: identifier of the cluster, its timeline, and OID of the database';
 COMMENT ON COLUMN idempotency_metric.started IS
 'requests whose work was begun';
 COMMENT ON COLUMN idempotency_metric.replayed IS
@@ -656,42 +598,168 @@ COMMENT ON COLUMN idempotency_metric.lookup_time_histogram IS
 -- kept for a week, so they should survive a dump and restore too
 SELECT pg_catalog.pg_extension_config_dump('idempotency_metric', '');
 
+--
+-- Views
+--
+-- A view runs with the operators, functions and types that its script was read
+-- with, for everybody who reads it.  Those of the server are taken from
+-- pg_catalog, and from nowhere else: an operator in the schema of the extension,
+-- which may be one that others can create in, could be a better match.
+--
+
+SET LOCAL search_path TO pg_catalog, pg_temp;
+
+-- A lease that was begun in a transaction that still runs is known twice to that
+-- transaction.
+CREATE VIEW @extschema@.idempotency_in_flight AS
+    WITH held AS MATERIALIZED (
+        SELECT * FROM @extschema@.idempotency_in_flight()
+    )
+    SELECT pid, tenant, actor, action, key, attempt, started_at, lease_expires_at
+    FROM held
+    UNION ALL
+    SELECT NULL, tenant, actor, action, key, attempt, created_at, lease_expires_at
+    FROM @extschema@.idempotency_key AS k
+    WHERE state = 'pending'
+      AND lease_expires_at > clock_timestamp()
+      AND NOT EXISTS (
+          SELECT FROM held AS h
+          WHERE h.tenant = k.tenant AND h.action = k.action
+            AND h.key = k.key AND h.actor = k.actor);
+
+COMMENT ON VIEW @extschema@.idempotency_in_flight IS
+'claims in flight in this database: leases, and claims of transactions if the library is preloaded';
+COMMENT ON COLUMN @extschema@.idempotency_in_flight.pid IS
+'process that holds the claim, null when no process does';
+COMMENT ON COLUMN @extschema@.idempotency_in_flight.tenant IS
+'tenant of the request';
+COMMENT ON COLUMN @extschema@.idempotency_in_flight.actor IS
+'actor of the request';
+COMMENT ON COLUMN @extschema@.idempotency_in_flight.action IS
+'action of the request';
+COMMENT ON COLUMN @extschema@.idempotency_in_flight.key IS
+'key of the request';
+COMMENT ON COLUMN @extschema@.idempotency_in_flight.attempt IS
+'how many times the work was begun';
+COMMENT ON COLUMN @extschema@.idempotency_in_flight.started_at IS
+'when the claim was begun; for a lease, when the request was begun first';
+COMMENT ON COLUMN @extschema@.idempotency_in_flight.lease_expires_at IS
+'when another caller may take over a leased claim';
+
+CREATE VIEW @extschema@.idempotency_stalled AS
+    SELECT tenant, actor, action, key, attempt, recovery_point,
+           created_at AS started_at, lease_expires_at
+    FROM @extschema@.idempotency_key
+    WHERE state = 'pending'
+      AND lease_expires_at <= clock_timestamp()
+      AND expires_at > clock_timestamp();
+
+COMMENT ON VIEW @extschema@.idempotency_stalled IS
+'leases that ran out and wait for the next repeat to take them over';
+COMMENT ON COLUMN @extschema@.idempotency_stalled.tenant IS
+'tenant of the request';
+COMMENT ON COLUMN @extschema@.idempotency_stalled.actor IS
+'actor of the request';
+COMMENT ON COLUMN @extschema@.idempotency_stalled.action IS
+'action of the request';
+COMMENT ON COLUMN @extschema@.idempotency_stalled.key IS
+'key of the request';
+COMMENT ON COLUMN @extschema@.idempotency_stalled.attempt IS
+'how many times the work was begun';
+COMMENT ON COLUMN @extschema@.idempotency_stalled.recovery_point IS
+'how far the work got';
+COMMENT ON COLUMN @extschema@.idempotency_stalled.started_at IS
+'when the request was begun first';
+COMMENT ON COLUMN @extschema@.idempotency_stalled.lease_expires_at IS
+'when the lease ran out';
+
+CREATE VIEW @extschema@.idempotency_stats AS
+    SELECT * FROM @extschema@.idempotency_stats();
+
+COMMENT ON VIEW @extschema@.idempotency_stats IS
+'what became of requests in this database, by action, since counting began; empty unless the library is preloaded';
+COMMENT ON COLUMN @extschema@.idempotency_stats.action IS
+'the operation, or '''' for all those that found no room of their own';
+COMMENT ON COLUMN @extschema@.idempotency_stats.started IS
+'requests whose work was begun';
+COMMENT ON COLUMN @extschema@.idempotency_stats.replayed IS
+'repeats that got the stored answer';
+COMMENT ON COLUMN @extschema@.idempotency_stats.in_flight IS
+'repeats that were told that the request is in flight';
+COMMENT ON COLUMN @extschema@.idempotency_stats.mismatched IS
+'different requests under a key that was used';
+COMMENT ON COLUMN @extschema@.idempotency_stats.expired IS
+'requests started that found a record whose time was over';
+COMMENT ON COLUMN @extschema@.idempotency_stats.stalled IS
+'leases that ran out, as far as a background worker saw them';
+COMMENT ON COLUMN @extschema@.idempotency_stats.taken_over IS
+'requests started that took over a lease that had run out';
+COMMENT ON COLUMN @extschema@.idempotency_stats.completed IS
+'answers stored';
+COMMENT ON COLUMN @extschema@.idempotency_stats.errored IS
+'final errors stored';
+COMMENT ON COLUMN @extschema@.idempotency_stats.released IS
+'claims given back without an answer';
+COMMENT ON COLUMN @extschema@.idempotency_stats.swept IS
+'records deleted after their time';
+COMMENT ON COLUMN @extschema@.idempotency_stats.held IS
+'claims that transactions hold at this moment';
+COMMENT ON COLUMN @extschema@.idempotency_stats.leases IS
+'leases in flight, null where no background worker has counted them';
+COMMENT ON COLUMN @extschema@.idempotency_stats.stalled_leases IS
+'leases that ran out and wait for the next repeat, counted at the same time';
+COMMENT ON COLUMN @extschema@.idempotency_stats.run_time IS
+'time from begin to the end of claims, in all, in milliseconds';
+COMMENT ON COLUMN @extschema@.idempotency_stats.run_time_p50 IS
+'time from begin to the end of a claim that half of them do not exceed';
+COMMENT ON COLUMN @extschema@.idempotency_stats.run_time_p95 IS
+'the same for 95 in a hundred';
+COMMENT ON COLUMN @extschema@.idempotency_stats.run_time_p99 IS
+'the same for 99 in a hundred';
+COMMENT ON COLUMN @extschema@.idempotency_stats.run_time_histogram IS
+'histogram of the time from begin to the end of claims';
+COMMENT ON COLUMN @extschema@.idempotency_stats.lookup_time IS
+'time to look up records, in all, in milliseconds';
+COMMENT ON COLUMN @extschema@.idempotency_stats.lookup_time_p50 IS
+'time to look up a record that half of the lookups do not exceed';
+COMMENT ON COLUMN @extschema@.idempotency_stats.lookup_time_p95 IS
+'the same for 95 in a hundred';
+COMMENT ON COLUMN @extschema@.idempotency_stats.lookup_time_p99 IS
+'the same for 99 in a hundred';
+COMMENT ON COLUMN @extschema@.idempotency_stats.lookup_time_histogram IS
+'histogram of the time to look up records';
+COMMENT ON COLUMN @extschema@.idempotency_stats.since IS
+'when counting began';
+
 -- A repeat is a duplicate whether it got the answer or came too early for it.
-CREATE VIEW idempotency_replay_ratio AS
+CREATE VIEW @extschema@.idempotency_replay_ratio AS
     SELECT day, action, requests, duplicates,
-           pg_catalog.round(duplicates / nullif(requests, 0), 4) AS ratio,
+           round(duplicates / nullif(requests, 0), 4) AS ratio,
            duplicates = 0 OR duplicates < 0.05 * requests AS on_target
     FROM (
         SELECT bucket::date AS day, action,
-               pg_catalog.sum(started) AS requests,
-               pg_catalog.sum(replayed + in_flight) AS duplicates
-        FROM idempotency_metric
+               sum(started) AS requests,
+               sum(replayed + in_flight) AS duplicates
+        FROM @extschema@.idempotency_metric
         GROUP BY GROUPING SETS ((1, 2), (1))
     ) AS days;
 
-COMMENT ON VIEW idempotency_replay_ratio IS
+COMMENT ON VIEW @extschema@.idempotency_replay_ratio IS
 'duplicates against unique requests, by day and action, and for all actions together';
-COMMENT ON COLUMN idempotency_replay_ratio.day IS
+COMMENT ON COLUMN @extschema@.idempotency_replay_ratio.day IS
 'day in the time zone of the session';
-COMMENT ON COLUMN idempotency_replay_ratio.action IS
+COMMENT ON COLUMN @extschema@.idempotency_replay_ratio.action IS
 'the operation, or null for all of them together';
-COMMENT ON COLUMN idempotency_replay_ratio.requests IS
+COMMENT ON COLUMN @extschema@.idempotency_replay_ratio.requests IS
 'unique requests: those whose work was begun';
-COMMENT ON COLUMN idempotency_replay_ratio.duplicates IS
+COMMENT ON COLUMN @extschema@.idempotency_replay_ratio.duplicates IS
 'repeats that got the stored answer, or were told that the request is in flight';
-COMMENT ON COLUMN idempotency_replay_ratio.ratio IS
+COMMENT ON COLUMN @extschema@.idempotency_replay_ratio.ratio IS
 'duplicates for each unique request';
-COMMENT ON COLUMN idempotency_replay_ratio.on_target IS
+COMMENT ON COLUMN @extschema@.idempotency_replay_ratio.on_target IS
 'whether that is less than 5 in a hundred';
 
---
--- Health
---
--- What is not asked for is not worked out: without the columns about records,
--- the table of records is not read.
---
-
-CREATE VIEW idempotency_health AS
+CREATE VIEW @extschema@.idempotency_health AS
     SELECT e.extversion AS version,
            w.state <> 'not preloaded' AS preloaded,
            w.state AS worker,
@@ -706,9 +774,9 @@ CREATE VIEW idempotency_health AS
            o.oldest_expired_at,
            r.leased + c.held AS in_flight,
            r.stalled,
-           pg_catalog.pg_table_size('idempotency_key') AS table_size,
-           pg_catalog.pg_indexes_size('idempotency_key') AS index_size,
-           pg_catalog.array_remove(ARRAY[
+           pg_table_size('@extschema@.idempotency_key') AS table_size,
+           pg_indexes_size('@extschema@.idempotency_key') AS index_size,
+           array_remove(ARRAY[
                CASE w.state
                    WHEN 'not preloaded' THEN
                        'library is not preloaded: nothing is swept or counted in the background'
@@ -717,16 +785,16 @@ CREATE VIEW idempotency_health AS
                    WHEN 'waiting for a slot' THEN
                        'there is no slot for a background worker: raise max_worker_processes'
                END,
-               CASE WHEN w.state = 'off' AND (w.last_sweep_at > pg_catalog.statement_timestamp() - INTERVAL '10 minutes') IS NOT TRUE THEN
+               CASE WHEN w.state = 'off' AND (w.last_sweep_at > statement_timestamp() - INTERVAL '10 minutes') IS NOT TRUE THEN
                    'background worker is off, and nobody else has swept for 10 minutes'
                END,
                CASE WHEN (w.last_error_at <= w.last_sweep_at) IS NOT TRUE THEN
                    'background worker failed: ' || w.last_error
                END,
-               CASE WHEN o.oldest_expired_at < pg_catalog.statement_timestamp() - INTERVAL '10 minutes'
-                       - coalesce(pg_catalog.current_setting('idempotency.sweep_interval', true), '0')::interval THEN
+               CASE WHEN o.oldest_expired_at < statement_timestamp() - INTERVAL '10 minutes'
+                       - coalesce(current_setting('idempotency.sweep_interval', true), '0')::interval THEN
                    'sweep is behind: records that expired '
-                   || pg_catalog.date_trunc('second', pg_catalog.statement_timestamp() - o.oldest_expired_at)
+                   || date_trunc('second', statement_timestamp() - o.oldest_expired_at)
                    || ' ago are still there'
                END,
                CASE WHEN t.untracked > 0 THEN
@@ -740,73 +808,88 @@ CREATE VIEW idempotency_health AS
                CASE WHEN l.stalled > 0 THEN
                    'leases that ran out and wait for a repeat: ' || l.stalled
                    || '; see idempotency_stalled'
+               END,
+               CASE WHEN k.relreplident = 'n' AND EXISTS (
+                       SELECT FROM pg_publication AS p
+                       WHERE (p.pubupdate OR p.pubdelete)
+                         AND (p.puballtables
+                              OR EXISTS (
+                                  SELECT FROM pg_publication_rel
+                                  WHERE prpubid = p.oid AND prrelid = k.oid)
+                              OR EXISTS (
+                                  SELECT FROM pg_publication_namespace
+                                  WHERE pnpubid = p.oid AND pnnspid = k.relnamespace))) THEN
+                   'records are published without a replica identity: they cannot be updated, replaced or swept'
                END
            ], NULL) AS warnings
-    FROM pg_catalog.pg_extension AS e
-    CROSS JOIN idempotency_worker_status() AS w
-    CROSS JOIN idempotency_tracking() AS t
-    CROSS JOIN idempotency_metrics_room() AS m
+    FROM pg_extension AS e
+    JOIN pg_class AS k ON k.oid = '@extschema@.idempotency_key'::regclass
+    CROSS JOIN @extschema@.idempotency_worker_status() AS w
+    CROSS JOIN @extschema@.idempotency_tracking() AS t
+    CROSS JOIN @extschema@.idempotency_metrics_room() AS m
     LEFT JOIN (
-        SELECT pg_catalog.min(expires_at) AS oldest_expired_at
-        FROM idempotency_key
-        WHERE expires_at <= pg_catalog.statement_timestamp()) AS o ON true
+        SELECT min(expires_at) AS oldest_expired_at
+        FROM @extschema@.idempotency_key
+        WHERE expires_at <= statement_timestamp()) AS o ON true
     LEFT JOIN (
-        SELECT pg_catalog.sum(stalled_leases) AS stalled
-        FROM idempotency_stats()) AS l ON true
+        SELECT sum(stalled_leases) AS stalled
+        FROM @extschema@.idempotency_stats()) AS l ON true
     LEFT JOIN (
-        SELECT pg_catalog.count(*) AS held
-        FROM idempotency_in_flight()
+        SELECT count(*) AS held
+        FROM @extschema@.idempotency_in_flight()
         WHERE lease_expires_at IS NULL) AS c ON true
     LEFT JOIN (
-        SELECT pg_catalog.count(*) FILTER (WHERE state = 'pending') AS pending,
-               pg_catalog.count(*) FILTER (WHERE state = 'completed') AS completed,
-               pg_catalog.count(*) FILTER (WHERE state = 'errored') AS errored,
-               pg_catalog.count(*) FILTER (
+        SELECT count(*) FILTER (WHERE state = 'pending') AS pending,
+               count(*) FILTER (WHERE state = 'completed') AS completed,
+               count(*) FILTER (WHERE state = 'errored') AS errored,
+               count(*) FILTER (
                    WHERE state = 'pending'
-                     AND lease_expires_at > pg_catalog.statement_timestamp()) AS leased,
-               pg_catalog.count(*) FILTER (
+                     AND lease_expires_at > statement_timestamp()) AS leased,
+               count(*) FILTER (
                    WHERE state = 'pending'
-                     AND lease_expires_at <= pg_catalog.statement_timestamp()
-                     AND expires_at > pg_catalog.statement_timestamp()) AS stalled
-        FROM idempotency_key) AS r ON true
+                     AND lease_expires_at <= statement_timestamp()
+                     AND expires_at > statement_timestamp()) AS stalled
+        FROM @extschema@.idempotency_key) AS r ON true
     WHERE e.extname = 'idempotency';
 
-COMMENT ON VIEW idempotency_health IS
+COMMENT ON VIEW @extschema@.idempotency_health IS
 'how the extension fares in this database, in one row; reads all records if asked how many there are';
-COMMENT ON COLUMN idempotency_health.version IS
+COMMENT ON COLUMN @extschema@.idempotency_health.version IS
 'version of the extension';
-COMMENT ON COLUMN idempotency_health.preloaded IS
+COMMENT ON COLUMN @extschema@.idempotency_health.preloaded IS
 'whether the library was loaded with the server';
-COMMENT ON COLUMN idempotency_health.worker IS
+COMMENT ON COLUMN @extschema@.idempotency_health.worker IS
 'state of background sweeping, as idempotency_worker_status() has it';
-COMMENT ON COLUMN idempotency_health.last_sweep_at IS
+COMMENT ON COLUMN @extschema@.idempotency_health.last_sweep_at IS
 'when the last sweep ended, null when none has since the server started';
-COMMENT ON COLUMN idempotency_health.last_swept IS
+COMMENT ON COLUMN @extschema@.idempotency_health.last_swept IS
 'how many records it deleted';
-COMMENT ON COLUMN idempotency_health.last_duration IS
+COMMENT ON COLUMN @extschema@.idempotency_health.last_duration IS
 'how long it took';
-COMMENT ON COLUMN idempotency_health.last_error IS
+COMMENT ON COLUMN @extschema@.idempotency_health.last_error IS
 'error that the last background worker that failed ended with';
-COMMENT ON COLUMN idempotency_health.last_error_at IS
+COMMENT ON COLUMN @extschema@.idempotency_health.last_error_at IS
 'when that was';
-COMMENT ON COLUMN idempotency_health.pending IS
+COMMENT ON COLUMN @extschema@.idempotency_health.pending IS
 'records of leased claims, whatever became of their leases';
-COMMENT ON COLUMN idempotency_health.completed IS
+COMMENT ON COLUMN @extschema@.idempotency_health.completed IS
 'records with an answer';
-COMMENT ON COLUMN idempotency_health.errored IS
+COMMENT ON COLUMN @extschema@.idempotency_health.errored IS
 'records with a final error';
-COMMENT ON COLUMN idempotency_health.oldest_expired_at IS
+COMMENT ON COLUMN @extschema@.idempotency_health.oldest_expired_at IS
 'when the time of the oldest record was over that is not swept yet';
-COMMENT ON COLUMN idempotency_health.in_flight IS
+COMMENT ON COLUMN @extschema@.idempotency_health.in_flight IS
 'claims in flight: leases, and claims of transactions if the library is preloaded';
-COMMENT ON COLUMN idempotency_health.stalled IS
+COMMENT ON COLUMN @extschema@.idempotency_health.stalled IS
 'leases that ran out and wait for the next repeat';
-COMMENT ON COLUMN idempotency_health.table_size IS
+COMMENT ON COLUMN @extschema@.idempotency_health.table_size IS
 'size of the table of records, in bytes';
-COMMENT ON COLUMN idempotency_health.index_size IS
+COMMENT ON COLUMN @extschema@.idempotency_health.index_size IS
 'size of its indexes, in bytes';
-COMMENT ON COLUMN idempotency_health.warnings IS
+COMMENT ON COLUMN @extschema@.idempotency_health.warnings IS
 'what an administrator should look at, an element for each; README.md says what to do';
+
+SET LOCAL search_path TO @extschema@, pg_temp;
 
 --
 -- Rights: nobody but the owner has any until the administrator hands them out
@@ -821,11 +904,14 @@ REVOKE ALL ON FUNCTION idempotency_try_begin FROM PUBLIC;
 REVOKE ALL ON FUNCTION idempotency_finish FROM PUBLIC;
 REVOKE ALL ON FUNCTION idempotency_replay FROM PUBLIC;
 REVOKE ALL ON FUNCTION idempotency_release FROM PUBLIC;
+REVOKE ALL ON FUNCTION idempotency_store FROM PUBLIC;
 REVOKE ALL ON FUNCTION idempotency_checkpoint FROM PUBLIC;
 REVOKE ALL ON FUNCTION idempotency_run FROM PUBLIC;
+REVOKE ALL ON FUNCTION idempotency_try_run FROM PUBLIC;
 REVOKE ALL ON FUNCTION idempotency_first_seen FROM PUBLIC;
 REVOKE ALL ON FUNCTION idempotency_request_hash FROM PUBLIC;
 REVOKE ALL ON FUNCTION idempotency_event_key FROM PUBLIC;
+REVOKE ALL ON FUNCTION idempotency_forget FROM PUBLIC;
 REVOKE ALL ON PROCEDURE idempotency_sweep FROM PUBLIC;
 REVOKE ALL ON FUNCTION idempotency_schedule FROM PUBLIC;
 REVOKE ALL ON FUNCTION idempotency_unschedule FROM PUBLIC;

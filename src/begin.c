@@ -1,7 +1,7 @@
 /*-------------------------------------------------------------------------
  *
  * begin.c
- *	  begin, try_begin and replay: what a request is told.
+ *	  begin and try_begin: who may run a request.
  *
  * How begin decides.  It looks for a live record, and if there is none, or
  * only that of a leased claim that nobody holds any more, it tries to get the
@@ -27,6 +27,12 @@
  * it is locked too (lease.c says why), unless somebody changed it meanwhile;
  * then begin looks again.
  *
+ * A caller that brings the id of the very claim that the record is of asks
+ * again, because it does not know what became of its first call.  For it, the
+ * record is one that nobody holds, and it goes through the same locks; so it
+ * cannot get its claim back while somebody else is just taking it over, or while
+ * its own first call is still at work.
+ *
  * Waiting changes nothing of this: when the wait is over, for whatever reason,
  * begin looks again and decides by the same table, until it has something
  * better to say than "in flight" or the time is up.  It waits for the lock of
@@ -39,15 +45,12 @@
 
 #include "begin.h"
 #include "call.h"
-#include "event.h"
+#include "clock.h"
 #include "lease.h"
-#include "metrics.h"
 #include "miscadmin.h"
+#include "utils/fmgrprotos.h"
 #include "utils/timestamp.h"
 #include "wake.h"
-
-/* A claim is asked for again no later than this, however long it was held */
-#define MAX_RETRY_AFTER_SECS	60
 
 typedef enum Outcome
 {
@@ -68,56 +71,44 @@ enum
 	BEGIN_TTL,
 	BEGIN_WAIT,
 	BEGIN_LEASE,
-	BEGIN_REQUEST_HASH
-};
-
-/* Arguments of replay */
-enum
-{
-	REPLAY_TENANT,
-	REPLAY_ACTION,
-	REPLAY_KEY,
-	REPLAY_REQUEST,
-	REPLAY_ACTOR,
-	REPLAY_REQUEST_HASH
+	BEGIN_REQUEST_HASH,
+	BEGIN_CLAIM
 };
 
 static Datum begin_request(FunctionCallInfo fcinfo, const char *function,
 						   bool raise);
-static Outcome decide(Request *request);
-static Outcome decide_now(Request *request);
-static Outcome decide_by_record(Request *request);
-static Outcome decide_by_lock(Request *request);
-static void wait_for_holder(Request *request, int wait_ms);
-static bool look_up(Request *request);
-static RowLock lock_row(Request *request);
-static void unlock(Request *request);
-static bool mismatches_record(const Request *request);
-static Claim *start(Request *request);
-static void report_outcome(const Request *request, Outcome outcome,
-						   const Claim *claim);
-static void report_start(Event *event, const Request *request,
-						 const Claim *claim);
-static void raise_outcome(const Request *request, Outcome outcome);
-static void raise_in_flight(const Request *request);
-static bool is_leased(const Request *request);
-static int64 get_rest_of_lease(const Request *request);
-static int64 get_retry_after(const Request *request);
+static Claim *find_own_claim(const BeginCall *call);
+static Outcome decide(BeginCall *call);
+static Outcome decide_now(BeginCall *call);
+static bool may_be_ours(const BeginCall *call);
+static bool is_own(const BeginCall *call);
+static Outcome decide_by_record(BeginCall *call);
+static Outcome decide_by_lock(BeginCall *call);
+static void wait_for_holder(BeginCall *call, int wait_ms);
+static RowLock lock_row(BeginCall *call);
+static void unlock(BeginCall *call);
+static Claim *start(BeginCall *call, Claim *own);
+static void describe_claim(BeginCall *call, ClaimFacts *facts);
+static void write_row(BeginCall *call, const ClaimFacts *facts);
+static void report_start(const BeginCall *call, const Claim *claim);
+static void tell(const BeginCall *call, Outcome outcome, bool raise,
+				 ResultRow *row);
 
 PG_FUNCTION_INFO_V1(idempotency_begin);
 PG_FUNCTION_INFO_V1(idempotency_try_begin);
-PG_FUNCTION_INFO_V1(idempotency_replay);
 
 /*
  * idempotency_begin(tenant text, action text, key text, request jsonb,
  *					 actor text, ttl interval, wait interval, lease interval,
- *					 request_hash bytea) returns idempotency_result
+ *					 request_hash bytea, claim uuid) returns idempotency_result
  *
  * Claim a request, or get the answer that was given before.
  *
- * Errors: ID001 to ID005 as README.md lists them, 22023 for a lifetime in the
- * settings above max_ttl, 25006 in a read-only transaction, 40001 in a
- * serializable one, 42501 for another tenant than the role is pinned to.
+ * Errors: ID001 to ID005 and ID008 as README.md lists them, 22023 and 22004 for
+ * arguments or settings that are out of range or missing, 25006 in a read-only
+ * transaction, 40001 in a serializable one, 42501 for another tenant than the
+ * role is pinned to, 55000 and 42P10 for a table that is published in such a way
+ * that an expired record cannot be deleted.
  */
 Datum
 idempotency_begin(PG_FUNCTION_ARGS)
@@ -137,88 +128,34 @@ idempotency_try_begin(PG_FUNCTION_ARGS)
 }
 
 /*
- * idempotency_replay(tenant text, action text, key text, request jsonb,
- *					  actor text, request_hash bytea)
- *					  returns idempotency_result
- *
- * Get a stored answer, also in a read-only transaction or on a standby.  All
- * columns are null when there is none.
- *
- * Errors: ID001, ID002, ID004 for a different request, 40001, 42501.
- */
-Datum
-idempotency_replay(PG_FUNCTION_ARGS)
-{
-	Request		request;
-	ResultRow	row;
-
-	ScopeFromArguments(&request.scope, fcinfo, REPLAY_ACTOR);
-	FingerprintFromArguments(&request.fingerprint, fcinfo,
-							 REPLAY_REQUEST, REPLAY_REQUEST_HASH);
-
-	StoreOpen(&request.store, AccessShareLock);
-	request.called_at = GetCurrentTimestamp();
-	if (look_up(&request) && RecordGetState(&request.record) != RECORD_PENDING)
-	{
-		if (mismatches_record(&request))
-		{
-			report_outcome(&request, OUTCOME_MISMATCHED, NULL);
-			raise_outcome(&request, OUTCOME_MISMATCHED);
-		}
-		report_outcome(&request, OUTCOME_REPLAYED, NULL);
-		ResultAnswer(&row, "replayed", &request.record);
-	}
-	else
-		ResultNone(&row);
-	StoreClose(&request.store);
-
-	return ResultReturn(fcinfo, &row);
-}
-
-/*
- * Begin a request, for begin and for run.
+ * Begin a request, for begin and for those calls that finish it as well.
  *
  * Returns the claim if it is ours, and *row is then what begin returns.
  * Otherwise returns null, and *row is the stored answer or, unless they are
  * to be raised as errors, that the request is in flight or mismatched.
  *
- * Errors: ID003 and ID004 if so asked, ID005, 40001.
+ * Errors: ID003 and ID004 if so asked, ID005, ID008, 40001.
  */
 Claim *
-BeginRequest(Request *request, bool raise, ResultRow *row)
+BeginRequest(BeginCall *call, bool raise, ResultRow *row)
 {
+	Request    *request = &call->request;
+	Claim	   *own = find_own_claim(call);
 	Claim	   *claim = NULL;
 	Outcome		outcome;
 
-	if (ClaimFindHeld(&request->scope) != NULL)
-		ereport(ERROR,
-				(errcode(ERRCODE_IDEMPOTENCY_NO_CLAIM),
-				 errmsg("request was already begun by this transaction"),
-				 errhint("Call idempotency_finish or idempotency_release first.")));
-
 	request->called_at = GetCurrentTimestamp();
 	StoreOpen(&request->store, RowExclusiveLock);
-	outcome = decide(request);
-	if (outcome == OUTCOME_STARTED)
-		claim = start(request);
-	report_outcome(request, outcome, claim);
-
+	outcome = decide(call);
 	if (outcome == OUTCOME_STARTED)
 	{
+		claim = start(call, own);
+		report_start(call, claim);
 		ResultStarted(row, &claim->facts,
 					  claim->takes_over ? &request->record : NULL);
 	}
-	else if (outcome == OUTCOME_REPLAYED)
-		ResultAnswer(row, "replayed", &request->record);
 	else
-	{
-		if (raise)
-			raise_outcome(request, outcome);
-		if (outcome == OUTCOME_MISMATCHED)
-			ResultMismatched(row);
-		else
-			ResultInFlight(row, get_retry_after(request));
-	}
+		tell(call, outcome, raise, row);
 	StoreClose(&request->store);
 
 	return claim;
@@ -230,22 +167,52 @@ BeginRequest(Request *request, bool raise, ResultRow *row)
 static Datum
 begin_request(FunctionCallInfo fcinfo, const char *function, bool raise)
 {
-	Request		request;
+	BeginCall	call;
 	ResultRow	row;
 
 	CallNeedsReadWrite(function);
-	ScopeFromArguments(&request.scope, fcinfo, BEGIN_ACTOR);
-	FingerprintFromArguments(&request.fingerprint, fcinfo,
+	ScopeFromArguments(&call.request.scope, fcinfo, BEGIN_ACTOR);
+	FingerprintFromArguments(&call.request.fingerprint, fcinfo,
 							 BEGIN_REQUEST, BEGIN_REQUEST_HASH);
-	request.ttl = CallReadTtl(fcinfo, BEGIN_TTL);
-	request.error_ttl = CallReadErrorTtl();
-	request.wait_ms = CallReadWait(fcinfo, BEGIN_WAIT);
-	request.lease = 0;
+	call.ttl = CallReadTtl(&fcinfo->args[BEGIN_TTL]);
+	call.wait_ms = CallReadWait(&fcinfo->args[BEGIN_WAIT]);
+	call.lease = 0;
 	if (!PG_ARGISNULL(BEGIN_LEASE))
-		request.lease = CallReadLease(fcinfo, BEGIN_LEASE);
+		call.lease = CallReadLease(&fcinfo->args[BEGIN_LEASE]);
+	call.claim = NULL;
+	if (!PG_ARGISNULL(BEGIN_CLAIM))
+		call.claim = PG_GETARG_UUID_P(BEGIN_CLAIM);
+	if (call.claim != NULL && call.lease == 0)
+		ereport(ERROR,
+				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
+				 errmsg("claim was given without lease"),
+				 errdetail("A transaction claim has no id.")));
+	call.keep_leases = false;
 
-	(void) BeginRequest(&request, raise, &row);
+	(void) BeginRequest(&call, raise, &row);
 	return ResultReturn(fcinfo, &row);
+}
+
+/*
+ * The claim that this transaction holds on the scope, which must be the very one
+ * that the caller asks for, or null.
+ *
+ * Errors: ID008.
+ */
+static Claim *
+find_own_claim(const BeginCall *call)
+{
+	Claim	   *held = ClaimFindHeld(&call->request.scope);
+
+	if (held == NULL ||
+		(call->claim != NULL && claim_is_leased(&held->facts) &&
+		 memcmp(&held->facts.claim, call->claim, UUID_LEN) == 0))
+		return held;
+
+	ereport(ERROR,
+			(errcode(ERRCODE_IDEMPOTENCY_OUT_OF_ORDER),
+			 errmsg("request was already begun by this transaction"),
+			 errhint("Call idempotency_finish or idempotency_release first.")));
 }
 
 /*
@@ -254,28 +221,27 @@ begin_request(FunctionCallInfo fcinfo, const char *function, bool raise)
  * With OUTCOME_STARTED the lock of the scope is held, otherwise it is not.
  */
 static Outcome
-decide(Request *request)
+decide(BeginCall *call)
 {
-	TimestampTz deadline = 0;
+	int64		deadline = 0;
 	Outcome		outcome;
 
-	request->locked = false;
-	request->woken = false;
-	if (request->wait_ms > 0)
-		deadline = GetCurrentTimestamp() + (int64) request->wait_ms * 1000;
+	call->locked = false;
+	call->woken = false;
+	if (call->wait_ms > 0)
+		deadline = ClockMicros() + (int64) call->wait_ms * 1000;
 
-	while ((outcome = decide_now(request)) == OUTCOME_IN_FLIGHT &&
-		   request->wait_ms > 0)
+	while ((outcome = decide_now(call)) == OUTCOME_IN_FLIGHT &&
+		   call->wait_ms > 0)
 	{
-		long		rest_ms = TimestampDifferenceMilliseconds(GetCurrentTimestamp(),
-															  deadline);
+		long		rest_ms = ClockRestMillis(deadline);
 
-		if (rest_ms <= 0)
+		if (rest_ms == 0)
 			break;
-		wait_for_holder(request, (int) rest_ms);
+		wait_for_holder(call, (int) rest_ms);
 	}
 
-	if (request->woken)
+	if (call->woken)
 		WakeDone();
 	return outcome;
 }
@@ -285,9 +251,10 @@ decide(Request *request)
  * how.
  */
 static Outcome
-decide_now(Request *request)
+decide_now(BeginCall *call)
 {
-	bool		tried = request->locked;
+	Request    *request = &call->request;
+	bool		tried = call->locked;
 
 	request->locked_out = false;
 	request->tracked = false;
@@ -296,29 +263,29 @@ decide_now(Request *request)
 	{
 		CHECK_FOR_INTERRUPTS();
 
-		if (look_up(request) && !LeaseIsOver(&request->record))
-			return decide_by_record(request);
+		if (RequestLookUp(request) && !may_be_ours(call))
+			return decide_by_record(call);
 
 		if (!tried)
 		{
 			tried = true;
 			ScopeSetLocktag(&request->scope);
-			request->locked = ClaimTryLock(&request->scope.locktag);
+			call->locked = ClaimTryLock(&request->scope.locktag);
 			if (!StoreIsCurrent(&request->store))
 				continue;
 		}
 
-		if (request->life == RECORD_LIVE && mismatches_record(request))
-			return decide_by_record(request);
-		if (!request->locked)
-			return decide_by_lock(request);
+		if (request->life == RECORD_LIVE && RequestMismatchesRecord(request))
+			return decide_by_record(call);
+		if (!call->locked)
+			return decide_by_lock(call);
 
-		switch (lock_row(request))
+		switch (lock_row(call))
 		{
 			case ROW_LOCKED:
 				return OUTCOME_STARTED;
 			case ROW_BUSY:
-				unlock(request);
+				unlock(call);
 				return OUTCOME_IN_FLIGHT;
 			case ROW_CHANGED:
 				break;
@@ -327,16 +294,37 @@ decide_now(Request *request)
 }
 
 /*
+ * Whether the live record is that of a claim that we may have if we get its
+ * locks.
+ */
+static bool
+may_be_ours(const BeginCall *call)
+{
+	return !call->keep_leases &&
+		(LeaseIsOver(&call->request.record) || is_own(call));
+}
+
+/*
+ * Whether it is that of the claim that the caller asks for by its id.
+ */
+static bool
+is_own(const BeginCall *call)
+{
+	return call->claim != NULL && RequestIsPending(&call->request) &&
+		LeaseIsOf(&call->request.record, call->claim);
+}
+
+/*
  * Decide by a record that is an answer, or that of a claim which is held.
  */
 static Outcome
-decide_by_record(Request *request)
+decide_by_record(BeginCall *call)
 {
-	unlock(request);
+	unlock(call);
 
-	if (mismatches_record(request))
+	if (RequestMismatchesRecord(&call->request))
 		return OUTCOME_MISMATCHED;
-	if (RecordGetState(&request->record) == RECORD_PENDING)
+	if (RequestIsPending(&call->request))
 		return OUTCOME_IN_FLIGHT;
 	return OUTCOME_REPLAYED;
 }
@@ -345,15 +333,12 @@ decide_by_record(Request *request)
  * Decide by what is known of the transaction that has the lock.
  */
 static Outcome
-decide_by_lock(Request *request)
+decide_by_lock(BeginCall *call)
 {
-	request->locked_out = true;
-	request->tracked = InFlightFind(&request->scope, &request->holder);
-	if (request->tracked &&
-		FingerprintDiffers(&request->fingerprint,
-						   &request->holder.facts.fingerprint))
-		return OUTCOME_MISMATCHED;
-	return OUTCOME_IN_FLIGHT;
+	call->request.locked_out = true;
+	(void) RequestLookForHolder(&call->request);
+	return RequestMismatchesHolder(&call->request) ?
+		OUTCOME_MISMATCHED : OUTCOME_IN_FLIGHT;
 }
 
 /*
@@ -361,49 +346,30 @@ decide_by_lock(Request *request)
  * wait_ms milliseconds.
  */
 static void
-wait_for_holder(Request *request, int wait_ms)
+wait_for_holder(BeginCall *call, int wait_ms)
 {
-	if (is_leased(request))
-		wait_ms = Min(wait_ms, (get_rest_of_lease(request) + 999) / 1000);
+	Request    *request = &call->request;
+
+	/* the end of a lease is nothing to who would not take it over */
+	if (RequestIsLeased(request) && !call->keep_leases)
+		wait_ms = Min(wait_ms, (RequestRestOfLease(request) + 999) / 1000);
 	StoreForget(&request->store);
 
 	if (request->locked_out)
 	{
-		request->locked = ClaimWaitLock(&request->scope.locktag, wait_ms);
+		call->locked = ClaimWaitLock(&request->scope.locktag, wait_ms);
 		return;
 	}
 
-	ScopeSetLocktag(&request->scope);
-	if (!request->woken)
+	if (!call->woken)
 	{
 		/* what happened before we were ready to be woken needs another look */
 		WakePrepare(&request->scope);
-		request->woken = true;
+		call->woken = true;
 		return;
 	}
 
 	WakeSleep(&request->scope, wait_ms);
-}
-
-/*
- * Look for a record; returns whether there is a live one.
- */
-static bool
-look_up(Request *request)
-{
-	TimestampTz now = GetCurrentTimestamp();
-
-	request->life = StoreFind(&request->store, &request->scope, now,
-							  &request->record);
-	if (MetricsEnabled())
-		MetricsTime(MetricsFind(ScopeNameAction(&request->scope.name)),
-					METRIC_LOOKUP_TIME, METRIC_LOOKUP_TIME_HISTOGRAM,
-					GetCurrentTimestamp() - now);
-	if (request->life != RECORD_LIVE)
-		return false;
-
-	StoreCheckSerializable(&request->store);
-	return true;
 }
 
 /*
@@ -414,13 +380,14 @@ look_up(Request *request)
  * sweeping an expired record.
  */
 static RowLock
-lock_row(Request *request)
+lock_row(BeginCall *call)
 {
+	Request    *request = &call->request;
 	RowLock		lock;
 
 	/* a transaction claim leaves an expired record to finish */
 	if (request->life == RECORD_ABSENT ||
-		(request->life == RECORD_EXPIRED && request->lease == 0))
+		(request->life == RECORD_EXPIRED && call->lease == 0))
 		return ROW_LOCKED;
 
 	lock = StoreLock(&request->store, false, &request->record);
@@ -433,219 +400,165 @@ lock_row(Request *request)
  * Give back the lock of the scope, if we have it.
  */
 static void
-unlock(Request *request)
+unlock(BeginCall *call)
 {
-	if (request->locked)
-		ClaimUnlock(&request->scope.locktag);
-	request->locked = false;
-}
-
-static bool
-mismatches_record(const Request *request)
-{
-	Fingerprint stored;
-
-	if (request->fingerprint.len == 0 ||
-		RecordIsNull(&request->record, request_hash))
-		return false;
-
-	FingerprintFromBytea(&stored, RecordValue(&request->record, request_hash));
-	return FingerprintDiffers(&request->fingerprint, &stored);
+	if (call->locked)
+		ClaimUnlock(&call->request.scope.locktag);
+	call->locked = false;
 }
 
 /*
  * The claim is ours.  Note it, and write its row if it is one with a lease, or
  * was.
+ *
+ * own is the claim of this transaction that is asked for again, or null.
  */
 static Claim *
-start(Request *request)
+start(BeginCall *call, Claim *own)
 {
+	Request    *request = &call->request;
 	Claim	   *claim;
-	Record	   *record = &request->record;
-	bool		takes_over = (request->life == RECORD_LIVE);
-	TimestampTz now = GetCurrentTimestamp();
-	ClaimFacts	facts = {
-		.attempt = 1,
-		.started_at = now,
-		.lease_expires_at = request->lease > 0 ? now + request->lease : DT_NOEND,
-		.fingerprint = request->fingerprint,
-	};
+	ClaimFacts	facts;
 
-	if (request->life != RECORD_ABSENT)
-		facts.attempt = DatumGetInt32(RecordValue(record, attempt)) + 1;
+	describe_claim(call, &facts);
+	write_row(call, &facts);
 
-	request->stalled = takes_over && !RecordIsNull(record, lease_expires_at);
-	if (takes_over)
-	{
-		if (facts.fingerprint.len == 0 && !RecordIsNull(record, request_hash))
-			FingerprintFromBytea(&facts.fingerprint,
-								 RecordValue(record, request_hash));
-		LeaseTakeOver(&request->store, record, &facts, request->ttl);
-		WakeAtEnd(&request->scope);
-	}
-	else if (request->lease > 0)
-	{
-		if (request->life == RECORD_EXPIRED)
-			(void) StoreDelete(&request->store, true);
-		LeaseInsert(&request->store, &request->scope, &facts, request->ttl);
-	}
-
+	if (own != NULL)
+		ClaimEnd(own);
 	claim = ClaimAdd(&request->scope, &facts);
 	claim->replaces = (request->life == RECORD_EXPIRED);
-	claim->takes_over = takes_over;
-	if (takes_over)
-		claim->created_at = DatumGetTimestampTz(RecordValue(record, created_at));
-	claim->ttl = request->ttl;
-	claim->error_ttl = request->error_ttl;
+	claim->takes_over = (request->life == RECORD_LIVE);
+	if (claim->takes_over)
+		claim->created_at = DatumGetTimestampTz(RecordValue(&request->record,
+															created_at));
+	claim->ttl = call->ttl;
 	return claim;
 }
 
 /*
- * Have the outcome counted and logged.  claim is null unless it is ours.
+ * What there is to say about the claim that we got.
+ *
+ * Errors: ID005 when the caller asks again for a claim that it has released.
  */
 static void
-report_outcome(const Request *request, Outcome outcome, const Claim *claim)
+describe_claim(BeginCall *call, ClaimFacts *facts)
 {
-	const Record *record = &request->record;
-	Event		event = {
-		.name = &request->scope.name,
-		.since = request->called_at,
-	};
+	const Record *record = &call->request.record;
+	bool		takes_over = (call->request.life == RECORD_LIVE);
+	TimestampTz now = GetCurrentTimestamp();
 
-	switch (outcome)
-	{
-		case OUTCOME_STARTED:
-			report_start(&event, request, claim);
-			return;
-		case OUTCOME_REPLAYED:
-			event.class = EVENT_REPLAYED;
-			event.attempt = DatumGetInt32(RecordValue(record, attempt));
-			event.status = DatumGetInt32(RecordValue(record, status_code));
-			break;
-		case OUTCOME_MISMATCHED:
-			event.class = EVENT_MISMATCHED;
-			break;
-		case OUTCOME_IN_FLIGHT:
-			event.class = EVENT_IN_FLIGHT;
-			if (is_leased(request))
-				event.attempt = DatumGetInt32(RecordValue(record, attempt));
-			else if (request->tracked)
-				event.attempt = request->holder.facts.attempt;
-			break;
-	}
-	EventHappened(&event);
+	call->regained = takes_over && is_own(call);
+	call->stalled = takes_over && !call->regained &&
+		!RecordIsNull(record, lease_expires_at);
+	if (call->regained && LeaseIsReleased(record))
+		ereport(ERROR,
+				(errcode(ERRCODE_IDEMPOTENCY_CLAIM_LOST),
+				 errmsg("claim was lost"),
+				 errdetail("It was released."),
+				 errhint("Bring a new claim id for each try.")));
+
+	facts->started_at = now;
+	facts->lease_expires_at = DT_NOEND;
+	facts->attempt = 1;
+	if (takes_over)
+		facts->attempt = DatumGetInt32(RecordValue(record, attempt)) +
+			(call->regained ? 0 : 1);
+	facts->fingerprint = call->request.fingerprint;
+	if (facts->fingerprint.len == 0 && takes_over &&
+		!RecordIsNull(record, request_hash))
+		FingerprintFromBytea(&facts->fingerprint,
+							 RecordValue(record, request_hash));
+
+	memset(&facts->claim, 0, UUID_LEN);
+	if (call->lease == 0)
+		return;
+	facts->lease_expires_at = now + call->lease;
+	facts->claim = call->claim != NULL ? *call->claim :
+		*DatumGetUUIDP(DirectFunctionCall1(gen_random_uuid, (Datum) 0));
 }
 
 /*
- * The same for a claim that is ours, and for what was in its place before.
+ * Write what is to be written at begin: the row of a lease, and who has taken
+ * one over.  Where finish will have to delete a row, see that it can.
  */
 static void
-report_start(Event *event, const Request *request, const Claim *claim)
+write_row(BeginCall *call, const ClaimFacts *facts)
 {
-	event->attempt = claim->facts.attempt;
-	event->class = EVENT_STARTED;
-	EventHappened(event);
+	Request    *request = &call->request;
+	Store	   *store = &request->store;
+
+	if (request->life == RECORD_LIVE)
+	{
+		LeaseTakeOver(store, &request->record, facts, call->ttl);
+		WakeAtEnd(&request->scope);
+	}
+	else if (call->lease > 0)
+	{
+		if (request->life == RECORD_EXPIRED)
+			(void) StoreDelete(store, true);
+		LeaseInsert(store, &request->scope, facts, call->ttl);
+	}
+	else if (request->life == RECORD_EXPIRED)
+		StoreCheckPublished(store, CMD_DELETE);
+}
+
+/*
+ * Have a start counted and logged, and what was in its place before.  Who gets
+ * its own claim again has not started anything.
+ */
+static void
+report_start(const BeginCall *call, const Claim *claim)
+{
+	Event		event = {
+		.class = EVENT_STARTED,
+		.name = &call->request.scope.name,
+		.attempt = claim->facts.attempt,
+		.since = call->request.called_at,
+	};
+
+	if (call->regained)
+		return;
+	EventHappened(&event);
 
 	if (claim->replaces)
 	{
-		event->class = EVENT_EXPIRED;
-		EventHappened(event);
+		event.class = EVENT_EXPIRED;
+		EventHappened(&event);
 	}
-	if (request->stalled)
+	if (call->stalled)
 	{
-		event->class = EVENT_TAKEN_OVER;
-		EventHappened(event);
+		event.class = EVENT_TAKEN_OVER;
+		EventHappened(&event);
 	}
 }
 
 /*
- * Raise the error for an outcome that is one.
- *
- * Who sent a different request may be anybody, and learns nothing of the
- * first one from the error.
+ * Tell who did not get the claim why, in a row or by an error.
  */
 static void
-raise_outcome(const Request *request, Outcome outcome)
+tell(const BeginCall *call, Outcome outcome, bool raise, ResultRow *row)
 {
-	if (outcome == OUTCOME_IN_FLIGHT)
-		raise_in_flight(request);
+	const Request *request = &call->request;
 
-	ereport(ERROR,
-			(errcode(ERRCODE_IDEMPOTENCY_MISMATCH),
-			 errmsg("idempotency key was used with a different request"),
-			 errhint("Send a new key with a new request, and repeat a request unchanged.")));
-}
-
-static void
-raise_in_flight(const Request *request)
-{
-	const InFlightClaim *holder = &request->holder;
-	double		held = 0;
-
-	if (request->tracked)
-		held = Max(GetCurrentTimestamp() - holder->facts.started_at, 0) /
-			(double) USECS_PER_SEC;
-
-	ereport(ERROR,
-			(errcode(ERRCODE_IDEMPOTENCY_IN_FLIGHT),
-			 errmsg("request with this idempotency key is in flight"),
-			 is_leased(request) ?
-			 errdetail("The lease of attempt %d runs out in %.3f s.",
-					   DatumGetInt32(RecordValue(&request->record, attempt)),
-					   get_rest_of_lease(request) / (double) USECS_PER_SEC) :
-			 !request->tracked ? 0 :
-			 holder->pid != 0 ?
-			 errdetail("Process %d has held the claim for %.3f s.",
-					   holder->pid, held) :
-			 errdetail("A prepared transaction has held the claim for %.3f s.",
-					   held),
-			 errhint("Retry after %d s.",
-					 (int) ((get_retry_after(request) + USECS_PER_SEC - 1) /
-							USECS_PER_SEC))));
-}
-
-/*
- * Whether a request is in flight because of a lease, which had not run out when
- * it was looked up.
- */
-static bool
-is_leased(const Request *request)
-{
-	return !request->locked_out && request->life == RECORD_LIVE &&
-		!RecordIsNull(&request->record, lease_expires_at);
-}
-
-/*
- * How long the lease of the record will last, in microseconds.
- */
-static int64
-get_rest_of_lease(const Request *request)
-{
-	TimestampTz end = DatumGetTimestampTz(RecordValue(&request->record,
-													  lease_expires_at));
-
-	return Max(end - GetCurrentTimestamp(), 0);
-}
-
-/*
- * When a repeat of a request in flight should come again, in microseconds.
- *
- * A lease says how long it lasts.  Of a transaction claim is only known since
- * when it is held: what has taken long will probably take longer, so the
- * longer, the later; but never later than a client would want to wait.
- */
-static int64
-get_retry_after(const Request *request)
-{
-	int64		least = (int64) idempotency_retry_after;
-	int64		held = 0;
-
-	if (is_leased(request))
-		return get_rest_of_lease(request);
-
-	if (request->tracked)
-		held = (GetCurrentTimestamp() - request->holder.facts.started_at +
-				USECS_PER_SEC - 1) / USECS_PER_SEC;
-
-	return Max(least, Min(held, MAX_RETRY_AFTER_SECS)) * USECS_PER_SEC;
+	if (outcome == OUTCOME_REPLAYED)
+	{
+		RequestReport(request, EVENT_REPLAYED);
+		ResultAnswer(row, "replayed", &request->record);
+	}
+	else if (outcome == OUTCOME_MISMATCHED)
+	{
+		RequestReport(request, EVENT_MISMATCHED);
+		if (raise)
+			RequestRaiseMismatched();
+		ResultMismatched(row);
+	}
+	else
+	{
+		RequestReport(request, EVENT_IN_FLIGHT);
+		if (raise)
+			RequestRaiseInFlight(request);
+		ResultPending(row, "in_flight", RequestRetryAfter(request),
+					  RequestIsLeased(request) ? RequestAttempt(request) : 0,
+					  RequestCreatedAt(request), NULL);
+	}
 }

@@ -1,7 +1,7 @@
 /*-------------------------------------------------------------------------
  *
  * begin.h
- *	  What a request is told.
+ *	  Who may run a request.
  *
  *-------------------------------------------------------------------------
  */
@@ -11,33 +11,26 @@
 #include "postgres.h"
 
 #include "claim.h"
+#include "request.h"
 #include "result.h"
-#include "store.h"
 
-/* A call of begin, and what it finds */
-typedef struct Request
+/* A call of begin; to be filled in but for its state */
+typedef struct BeginCall
 {
-	/* to be filled in by the caller */
-	Scope		scope;
-	Fingerprint fingerprint;
+	Request		request;		/* its scope and fingerprint */
 	int64		ttl;			/* microseconds */
-	int64		error_ttl;		/* microseconds */
 	int64		lease;			/* microseconds, 0 for a transaction claim */
+	const pg_uuid_t *claim;		/* id that the caller brings, or null */
 	int			wait_ms;
+	bool		keep_leases;	/* the claim of a lease is not taken over */
 
 	/* state of begin.c */
-	Store		store;
-	bool		locked;			/* we have the lock of the scope, */
-	bool		locked_out;		/* or another transaction has it */
+	bool		locked;			/* we have the lock of the scope */
 	bool		woken;			/* the end of a lease will wake us */
-	TimestampTz called_at;
-	RecordLife	life;
-	Record		record;			/* unless life is RECORD_ABSENT */
-	bool		stalled;		/* it was of a lease that ran out */
-	bool		tracked;		/* somebody else's claim is known: */
-	InFlightClaim holder;
-} Request;
+	bool		stalled;		/* we took over a lease that ran out */
+	bool		regained;		/* the claim was the caller's own */
+} BeginCall;
 
-extern Claim *BeginRequest(Request *request, bool raise, ResultRow *row);
+extern Claim *BeginRequest(BeginCall *call, bool raise, ResultRow *row);
 
 #endif							/* IDEMPOTENCY_BEGIN_H */

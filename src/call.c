@@ -13,8 +13,9 @@
 #include "miscadmin.h"
 #include "utils/timestamp.h"
 
-static int64 check_setting(const char *name, int64 usecs);
-static bool fits_max_ttl(int64 usecs);
+static bool is_lifetime(int64 usecs, int64 least);
+static void refuse_argument(const char *what, const char *least);
+static void refuse_setting(const char *name, int secs, const char *limit);
 
 /*
  * Refuse to begin or finish what could not be written.
@@ -32,77 +33,89 @@ CallNeedsReadWrite(const char *function)
 }
 
 /*
- * How long a completed answer is to be kept, in microseconds: by the
- * argument, or else by the setting.
+ * How long a completed answer is to be kept, in microseconds: by the argument,
+ * an interval, or else by the setting.
+ *
+ * Errors: 22023 for one that is not from min_ttl to max_ttl.
  */
 int64
-CallReadTtl(FunctionCallInfo fcinfo, int argument)
+CallReadTtl(const NullableDatum *argument)
 {
-	int64		ttl;
+	int64		min_ttl = (int64) idempotency_min_ttl * USECS_PER_SEC;
+	int64		ttl = (int64) idempotency_ttl * USECS_PER_SEC;
 
-	if (PG_ARGISNULL(argument))
-		return check_setting("idempotency.ttl",
-							 (int64) idempotency_ttl * USECS_PER_SEC);
-
-	ttl = CallIntervalToUsecs(PG_GETARG_INTERVAL_P(argument));
-	if (ttl < (int64) MIN_TTL_SECS * USECS_PER_SEC ||
-		!fits_max_ttl(ttl))
-		ereport(ERROR,
-				(errcode(ERRCODE_IDEMPOTENCY_MALFORMED),
-				 errmsg("ttl is out of range"),
-				 errdetail("It must be from %d s to %d s, which is \"idempotency.max_ttl\".",
-						   MIN_TTL_SECS, idempotency_max_ttl)));
+	if (!argument->isnull)
+	{
+		ttl = CallIntervalToUsecs(DatumGetIntervalP(argument->value));
+		if (!is_lifetime(ttl, min_ttl))
+			refuse_argument("ttl",
+							psprintf("%d s, which is \"idempotency.min_ttl\",",
+									 idempotency_min_ttl));
+	}
+	else if (!is_lifetime(ttl, min_ttl))
+		refuse_setting("idempotency.ttl", idempotency_ttl,
+					   ttl < min_ttl ? "least" : "most");
 	return ttl;
 }
 
 /*
- * How long a final error is to be kept, in microseconds.
+ * The same for a final error, which may be kept for as little as a second.
  */
 int64
-CallReadErrorTtl(void)
+CallReadErrorTtl(const NullableDatum *argument)
 {
-	return check_setting("idempotency.error_ttl",
-						 (int64) idempotency_error_ttl * USECS_PER_SEC);
+	int64		ttl = (int64) idempotency_error_ttl * USECS_PER_SEC;
+
+	if (!argument->isnull)
+	{
+		ttl = CallIntervalToUsecs(DatumGetIntervalP(argument->value));
+		if (!is_lifetime(ttl, USECS_PER_SEC))
+			refuse_argument("ttl", "1 s");
+	}
+	else if (!is_lifetime(ttl, USECS_PER_SEC))
+		refuse_setting("idempotency.error_ttl", idempotency_error_ttl, "most");
+	return ttl;
 }
 
 /*
  * The length of a lease in microseconds: by the argument, or else by the
  * setting.
+ *
+ * Errors: 22023 for one that is not from 1 ms to max_ttl.
  */
 int64
-CallReadLease(FunctionCallInfo fcinfo, int argument)
+CallReadLease(const NullableDatum *argument)
 {
-	int64		lease;
+	int64		lease = (int64) idempotency_lease * 1000;
 
-	if (PG_ARGISNULL(argument))
-		return check_setting("idempotency.lease",
-							 (int64) idempotency_lease * 1000);
-
-	lease = CallIntervalToUsecs(PG_GETARG_INTERVAL_P(argument));
-	if (lease < 1000 || !fits_max_ttl(lease))
-		ereport(ERROR,
-				(errcode(ERRCODE_IDEMPOTENCY_MALFORMED),
-				 errmsg("lease is out of range"),
-				 errdetail("It must be from 1 ms to %d s, which is \"idempotency.max_ttl\".",
-						   idempotency_max_ttl)));
+	if (!argument->isnull)
+	{
+		lease = CallIntervalToUsecs(DatumGetIntervalP(argument->value));
+		if (!is_lifetime(lease, 1000))
+			refuse_argument("lease", "1 ms");
+	}
+	else if (!is_lifetime(lease, 1000))
+		refuse_setting("idempotency.lease", idempotency_lease / 1000, "most");
 	return lease;
 }
 
 /*
- * The wait of a call in milliseconds.
+ * The wait of a call in milliseconds: by the argument, or else by the setting.
+ *
+ * Errors: 22023 for one that is not from 0 to an hour.
  */
 int
-CallReadWait(FunctionCallInfo fcinfo, int argument)
+CallReadWait(const NullableDatum *argument)
 {
 	int64		wait;
 
-	if (PG_ARGISNULL(argument))
+	if (argument->isnull)
 		return idempotency_wait;
 
-	wait = CallIntervalToUsecs(PG_GETARG_INTERVAL_P(argument));
+	wait = CallIntervalToUsecs(DatumGetIntervalP(argument->value));
 	if (wait < 0 || wait > (int64) MAX_WAIT_MS * 1000)
 		ereport(ERROR,
-				(errcode(ERRCODE_IDEMPOTENCY_MALFORMED),
+				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
 				 errmsg("wait is out of range"),
 				 errdetail("It must be from 0 s to %d s.", MAX_WAIT_MS / 1000)));
 
@@ -156,26 +169,41 @@ CallIntervalToUsecs(const Interval *interval)
 }
 
 /*
- * Check the setting of a lifetime, in microseconds.
- *
- * It can be above max_ttl when it comes from the configuration file, or when
- * max_ttl was lowered after it was set.
+ * Whether a lifetime, in microseconds, is from a least one to max_ttl.
  */
-static int64
-check_setting(const char *name, int64 usecs)
+static bool
+is_lifetime(int64 usecs, int64 least)
 {
-	if (!fits_max_ttl(usecs))
-		ereport(ERROR,
-				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
-				 errmsg("invalid value for parameter \"%s\": %d s", name,
-						(int) (usecs / USECS_PER_SEC)),
-				 errdetail("The value must be at most \"idempotency.max_ttl\", %d s.",
-						   idempotency_max_ttl)));
-	return usecs;
+	return usecs >= least &&
+		usecs <= (int64) idempotency_max_ttl * USECS_PER_SEC;
 }
 
-static bool
-fits_max_ttl(int64 usecs)
+/*
+ * Refuse a lifetime that a call asks for; "least" says how short it can be.
+ */
+static void
+refuse_argument(const char *what, const char *least)
 {
-	return usecs <= (int64) idempotency_max_ttl * USECS_PER_SEC;
+	ereport(ERROR,
+			(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
+			 errmsg("%s is out of range", what),
+			 errdetail("It must be from %s to %d s, which is \"idempotency.max_ttl\".",
+					   least, idempotency_max_ttl)));
+}
+
+/*
+ * Refuse a lifetime that a setting has, because it comes from the configuration
+ * file, or a bound was changed after it was set.
+ */
+static void
+refuse_setting(const char *name, int secs, const char *limit)
+{
+	bool		too_short = strcmp(limit, "least") == 0;
+
+	ereport(ERROR,
+			(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
+			 errmsg("invalid value for parameter \"%s\": %d s", name, secs),
+			 errdetail("The value must be at %s \"%s\", %d s.", limit,
+					   too_short ? "idempotency.min_ttl" : "idempotency.max_ttl",
+					   too_short ? idempotency_min_ttl : idempotency_max_ttl)));
 }

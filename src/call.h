@@ -14,10 +14,10 @@
 #include "fmgr.h"
 
 extern void CallNeedsReadWrite(const char *function);
-extern int64 CallReadTtl(FunctionCallInfo fcinfo, int argument);
-extern int64 CallReadErrorTtl(void);
-extern int64 CallReadLease(FunctionCallInfo fcinfo, int argument);
-extern int	CallReadWait(FunctionCallInfo fcinfo, int argument);
+extern int64 CallReadTtl(const NullableDatum *argument);
+extern int64 CallReadErrorTtl(const NullableDatum *argument);
+extern int64 CallReadLease(const NullableDatum *argument);
+extern int	CallReadWait(const NullableDatum *argument);
 extern Size CallGetSize(const NullableDatum *argument);
 extern void CallCheckSize(const char *what, Size size);
 extern int64 CallIntervalToUsecs(const Interval *interval);

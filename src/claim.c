@@ -31,14 +31,28 @@
  * always charged to the owner of the (sub)transaction; that is where they
  * would have ended up anyway.
  *
- * The guard.  A transaction that commits with a claim that is still held did
- * work whose answer nobody will find, so that the next repeat would do it
- * again.  It is refused before it commits.
+ * What the end of a savepoint costs.  Both levels are at most the current one,
+ * and what is done now has that, so the levels in a list, latest first, never
+ * grow towards its end.  The end of a savepoint therefore has to look only at
+ * what happened in it: at the head of the list of all claims, in the order in
+ * which they were begun, and at that of those ended, in the order in which they
+ * were.
+ *
+ * Finding.  Nearly every transaction has one claim.  Where there are more than
+ * MAX_UNINDEXED, they are found by an index in memory, so that a transaction
+ * with a great many requests does not compare each with all.  A scope can have
+ * several claims in a transaction, one begun after the other was ended; the
+ * latest is what counts, and the others come back with a rollback.
+ *
+ * The guard.  A transaction that commits with a transaction claim that is still
+ * held did work whose answer nobody will find, so that the next repeat would do
+ * it again.  It is refused before it commits (guard.c says how that comes before
+ * anything else).
  *
  * Leased claims.  One that this transaction began is in the list too, with its
  * lock: until the commit its record is not there for others.  The commit then
- * makes it the claim of whoever knows the attempt (see lease.c), and the guard
- * has nothing against that.
+ * makes it the claim of whoever knows its id (see lease.c), and the guard has
+ * nothing against that.
  *
  *-------------------------------------------------------------------------
  */
@@ -46,6 +60,8 @@
 
 #include "access/xact.h"
 #include "claim.h"
+#include "common/hashfn.h"
+#include "guard.h"
 #include "in_flight.h"
 #include "metrics.h"
 #include "miscadmin.h"
@@ -58,16 +74,55 @@
 static void at_end_of_xact(XactEvent event, void *arg);
 static void at_end_of_subxact(SubXactEvent event, SubTransactionId mySubid,
 							  SubTransactionId parentSubid, void *arg);
-static void guard_commit(void);
 static void forget_all(XactEvent event);
 static void commit_level(int level);
 static void abort_level(int level);
+static Claim *find_latest(const ScopeName *name);
+static void index_claim(Claim *claim);
+static void unindex_claim(Claim *claim);
+static void remove_claim(Claim *claim);
 static void untrack(const Claim *claim);
+static void guard(const Claim *claim, int change);
+static void refuse_unfinished(void);
 static LockAcquireResult acquire_lock(const LOCKTAG *locktag, bool dont_wait);
 static void wait_with_timeout(const LOCKTAG *locktag, int wait_ms);
 
-/* The claims of this transaction, latest first, in TopTransactionContext */
-static Claim *claims = NULL;
+/* An entry of the index: the latest claim on a scope */
+typedef struct IndexedClaim
+{
+	const ScopeName *name;		/* of the claim */
+	Claim	   *claim;
+	uint32		hash;
+	char		status;			/* for simplehash.h */
+} IndexedClaim;
+
+#define SH_PREFIX claimindex
+#define SH_ELEMENT_TYPE IndexedClaim
+#define SH_KEY_TYPE const ScopeName *
+#define SH_KEY name
+#define SH_HASH_KEY(tb, key) hash_bytes((key)->data, (key)->len)
+#define SH_EQUAL(tb, a, b) ScopeNameEquals(a, b)
+#define SH_STORE_HASH
+#define SH_GET_HASH(tb, entry) (entry)->hash
+#define SH_SCOPE static inline
+#define SH_DECLARE
+#define SH_DEFINE
+#include "lib/simplehash.h"
+
+static void insert_into_index(claimindex_hash *index, Claim *claim);
+
+/* So many claims are found without an index */
+#define MAX_UNINDEXED	16
+
+/* the claims of this transaction, latest first, in TopTransactionContext */
+static dlist_head claims = DLIST_STATIC_INIT(claims);
+static int	claims_count = 0;
+
+/* those that are ended, the one ended last first */
+static dlist_head ended = DLIST_STATIC_INIT(ended);
+
+/* the index, in the same context, or null */
+static claimindex_hash *claims_index = NULL;
 
 /*
  * Hook into the end of transactions.
@@ -75,6 +130,7 @@ static Claim *claims = NULL;
 void
 ClaimInit(void)
 {
+	GuardInit(refuse_unfinished);
 	RegisterXactCallback(at_end_of_xact, NULL);
 	RegisterSubXactCallback(at_end_of_subxact, NULL);
 }
@@ -162,6 +218,7 @@ ClaimAdd(const Scope *scope, const ClaimFacts *facts)
 	claim = MemoryContextAlloc(TopTransactionContext,
 							   offsetof(Claim, name) +
 							   SizeOfScopeName(&scope->name));
+	claim->older = find_latest(&scope->name);
 	claim->locktag = scope->locktag;
 	claim->held_level = GetCurrentTransactionNestLevel();
 	claim->ended_level = 0;
@@ -169,7 +226,6 @@ ClaimAdd(const Scope *scope, const ClaimFacts *facts)
 	claim->takes_over = false;
 	claim->created_at = facts->started_at;
 	claim->ttl = 0;
-	claim->error_ttl = 0;
 	claim->facts = *facts;
 	memcpy(&claim->name, &scope->name, SizeOfScopeName(&scope->name));
 	claim->tracked = InFlightTrack(&claim->locktag, &claim->name,
@@ -180,8 +236,10 @@ ClaimAdd(const Scope *scope, const ClaimFacts *facts)
 		claim->metrics = MetricsFind(ScopeNameAction(&claim->name));
 	MetricsHold(claim->metrics, 1);
 
-	claim->next = claims;
-	claims = claim;
+	dlist_push_head(&claims, &claim->node);
+	claims_count++;
+	guard(claim, 1);
+	index_claim(claim);
 	return claim;
 }
 
@@ -191,13 +249,10 @@ ClaimAdd(const Scope *scope, const ClaimFacts *facts)
 Claim *
 ClaimFindHeld(const Scope *scope)
 {
-	for (Claim *claim = claims; claim != NULL; claim = claim->next)
-	{
-		if (claim->ended_level == 0 &&
-			ScopeNameEquals(&claim->name, &scope->name))
-			return claim;
-	}
-	return NULL;
+	Claim	   *claim = find_latest(&scope->name);
+
+	/* only the latest can be held: it was begun when the others were ended */
+	return claim != NULL && claim->ended_level == 0 ? claim : NULL;
 }
 
 /*
@@ -206,7 +261,11 @@ ClaimFindHeld(const Scope *scope)
 void
 ClaimEnd(Claim *claim)
 {
+	Assert(claim->ended_level == 0);
+
 	claim->ended_level = GetCurrentTransactionNestLevel();
+	dlist_push_head(&ended, &claim->ended_node);
+	guard(claim, -1);
 }
 
 /*
@@ -218,7 +277,7 @@ ClaimEnd(Claim *claim)
 void
 ClaimForget(Claim *claim)
 {
-	Claim	  **link;
+	LOCKTAG		locktag = claim->locktag;
 
 	if (claim->held_level != GetCurrentTransactionNestLevel())
 	{
@@ -226,14 +285,8 @@ ClaimForget(Claim *claim)
 		return;
 	}
 
-	for (link = &claims; *link != claim; link = &(*link)->next)
-		 /* find what points to it */ ;
-	*link = claim->next;
-
-	untrack(claim);
-	MetricsHold(claim->metrics, -1);
-	ClaimUnlock(&claim->locktag);
-	pfree(claim);
+	remove_claim(claim);
+	ClaimUnlock(&locktag);
 }
 
 /*
@@ -243,25 +296,12 @@ static void
 at_end_of_xact(XactEvent event, void *arg)
 {
 	/* almost every transaction of almost every server */
-	if (claims == NULL)
+	if (claims_count == 0)
 		return;
 
-	switch (event)
-	{
-		case XACT_EVENT_PRE_COMMIT:
-		case XACT_EVENT_PRE_PREPARE:
-			guard_commit();
-			break;
-		case XACT_EVENT_COMMIT:
-		case XACT_EVENT_ABORT:
-		case XACT_EVENT_PREPARE:
-			forget_all(event);
-			break;
-		case XACT_EVENT_PARALLEL_PRE_COMMIT:
-		case XACT_EVENT_PARALLEL_COMMIT:
-		case XACT_EVENT_PARALLEL_ABORT:
-			break;
-	}
+	if (event == XACT_EVENT_COMMIT || event == XACT_EVENT_ABORT ||
+		event == XACT_EVENT_PREPARE)
+		forget_all(event);
 }
 
 /*
@@ -271,7 +311,7 @@ static void
 at_end_of_subxact(SubXactEvent event, SubTransactionId mySubid,
 				  SubTransactionId parentSubid, void *arg)
 {
-	if (claims == NULL)
+	if (claims_count == 0)
 		return;
 
 	if (event == SUBXACT_EVENT_COMMIT_SUB)
@@ -281,15 +321,227 @@ at_end_of_subxact(SubXactEvent event, SubTransactionId mySubid,
 }
 
 /*
- * Refuse to commit while a claim is held.
- *
- * The key may be named: it is the caller's own.
+ * The transaction is over, and its memory and locks are about to go.
  */
 static void
-guard_commit(void)
+forget_all(XactEvent event)
 {
-	for (Claim *claim = claims; claim != NULL; claim = claim->next)
+	dlist_iter	iter;
+
+	dlist_foreach(iter, &claims)
 	{
+		Claim	   *claim = dlist_container(Claim, node, iter.cur);
+
+		MetricsHold(claim->metrics, -1);
+		if (!claim->tracked)
+			continue;
+		if (event == XACT_EVENT_PREPARE)
+			InFlightPrepare(&claim->locktag);
+		else
+			InFlightForget(&claim->locktag);
+	}
+
+	dlist_init(&claims);
+	claims_count = 0;
+	dlist_init(&ended);
+	claims_index = NULL;
+}
+
+/*
+ * A savepoint was released: what it did is now its parent's.
+ */
+static void
+commit_level(int level)
+{
+	dlist_iter	iter;
+
+	dlist_foreach(iter, &claims)
+	{
+		Claim	   *claim = dlist_container(Claim, node, iter.cur);
+
+		if (claim->held_level < level)
+			break;
+		claim->held_level--;
+	}
+
+	dlist_foreach(iter, &ended)
+	{
+		Claim	   *claim = dlist_container(Claim, ended_node, iter.cur);
+
+		if (claim->ended_level < level)
+			break;
+		claim->ended_level--;
+	}
+}
+
+/*
+ * A savepoint was rolled back: undo what it did.
+ */
+static void
+abort_level(int level)
+{
+	while (!dlist_is_empty(&claims))
+	{
+		Claim	   *claim = dlist_head_element(Claim, node, &claims);
+
+		if (claim->held_level < level)
+			break;
+		remove_claim(claim);
+	}
+
+	while (!dlist_is_empty(&ended))
+	{
+		Claim	   *claim = dlist_head_element(Claim, ended_node, &ended);
+
+		if (claim->ended_level < level)
+			break;
+		claim->ended_level = 0;
+		dlist_delete(&claim->ended_node);
+		guard(claim, 1);
+	}
+}
+
+/*
+ * Find the latest claim on a scope, ended or not.
+ */
+static Claim *
+find_latest(const ScopeName *name)
+{
+	dlist_iter	iter;
+
+	if (claims_index != NULL)
+	{
+		IndexedClaim *entry = claimindex_lookup(claims_index, name);
+
+		return entry != NULL ? entry->claim : NULL;
+	}
+
+	dlist_foreach(iter, &claims)
+	{
+		Claim	   *claim = dlist_container(Claim, node, iter.cur);
+
+		if (ScopeNameEquals(&claim->name, name))
+			return claim;
+	}
+	return NULL;
+}
+
+/*
+ * Put the latest claim on a scope into the index.  The index is made when there
+ * are enough claims for it.
+ *
+ * There is none while it grows: if there is no memory for that, it is broken, and
+ * the next claim has it made anew.
+ */
+static void
+index_claim(Claim *claim)
+{
+	claimindex_hash *index = claims_index;
+	dlist_iter	iter;
+
+	claims_index = NULL;
+	if (index != NULL)
+		insert_into_index(index, claim);
+	else if (claims_count > MAX_UNINDEXED)
+	{
+		index = claimindex_create(TopTransactionContext, claims_count, NULL);
+
+		/* the oldest before the latest, which takes its place */
+		dlist_reverse_foreach(iter, &claims)
+			insert_into_index(index, dlist_container(Claim, node, iter.cur));
+	}
+	claims_index = index;
+}
+
+static void
+insert_into_index(claimindex_hash *index, Claim *claim)
+{
+	bool		found;
+	IndexedClaim *entry = claimindex_insert(index, &claim->name, &found);
+
+	entry->name = &claim->name;
+	entry->claim = claim;
+}
+
+/*
+ * Take the latest claim on a scope from the index, so that the one before it is
+ * the latest.
+ */
+static void
+unindex_claim(Claim *claim)
+{
+	if (claims_index == NULL)
+		return;
+
+	if (claim->older != NULL)
+		index_claim(claim->older);
+	else
+		claimindex_delete(claims_index, &claim->name);
+}
+
+/*
+ * Remove the latest claim on a scope, whose lock is about to go.
+ */
+static void
+remove_claim(Claim *claim)
+{
+	unindex_claim(claim);
+	untrack(claim);
+	MetricsHold(claim->metrics, -1);
+
+	dlist_delete(&claim->node);
+	claims_count--;
+	if (claim->ended_level != 0)
+		dlist_delete(&claim->ended_node);
+	else
+		guard(claim, -1);
+	pfree(claim);
+}
+
+/*
+ * Remove what shared memory says of a claim.
+ *
+ * The claims on one scope share one entry, which then goes back to the older
+ * one.
+ */
+static void
+untrack(const Claim *claim)
+{
+	Claim	   *older = claim->older;
+
+	if (older != NULL)
+		older->tracked = InFlightTrack(&older->locktag, &older->name,
+									   &older->facts);
+	else if (claim->tracked)
+		InFlightForget(&claim->locktag);
+}
+
+/*
+ * Have the guard know of a claim that is held (1), or is not any more (-1).  A
+ * leased one may go on after the commit.
+ */
+static void
+guard(const Claim *claim, int change)
+{
+	if (!claim_is_leased(&claim->facts))
+		GuardCount(change);
+}
+
+/*
+ * Refuse to commit with a claim that is held, or warn of it.
+ *
+ * The key may be named: it is the caller's own.  Errors: ID006.
+ */
+static void
+refuse_unfinished(void)
+{
+	bool		dropped = !OidIsValid(get_extension_oid(EXTENSION_NAME, true));
+	dlist_iter	iter;
+
+	dlist_foreach(iter, &claims)
+	{
+		Claim	   *claim = dlist_container(Claim, node, iter.cur);
+
 		if (claim->ended_level != 0 || claim_is_leased(&claim->facts))
 			continue;
 
@@ -301,94 +553,11 @@ guard_commit(void)
 															 SCOPE_ACTION)),
 						   TextDatumGetCString(ScopeNamePart(&claim->name,
 															 SCOPE_KEY))),
+				 dropped ?
+				 errhint("Drop extension \"%s\" in a transaction that has no claim.",
+						 EXTENSION_NAME) :
 				 errhint("Call idempotency_finish or idempotency_release in the transaction that called idempotency_begin.")));
 	}
-}
-
-/*
- * The transaction is over, and its memory and locks are about to go.
- */
-static void
-forget_all(XactEvent event)
-{
-	for (Claim *claim = claims; claim != NULL; claim = claim->next)
-	{
-		MetricsHold(claim->metrics, -1);
-		if (!claim->tracked)
-			continue;
-		if (event == XACT_EVENT_PREPARE)
-			InFlightPrepare(&claim->locktag);
-		else
-			InFlightForget(&claim->locktag);
-	}
-	claims = NULL;
-}
-
-/*
- * A savepoint was released: what it did is now its parent's.
- */
-static void
-commit_level(int level)
-{
-	for (Claim *claim = claims; claim != NULL; claim = claim->next)
-	{
-		if (claim->held_level == level)
-			claim->held_level--;
-		if (claim->ended_level == level)
-			claim->ended_level--;
-	}
-}
-
-/*
- * A savepoint was rolled back: undo what it did.
- */
-static void
-abort_level(int level)
-{
-	Claim	  **link = &claims;
-
-	while (*link != NULL)
-	{
-		Claim	   *claim = *link;
-
-		if (claim->held_level >= level)
-		{
-			*link = claim->next;
-			untrack(claim);
-			MetricsHold(claim->metrics, -1);
-			pfree(claim);
-			continue;
-		}
-
-		if (claim->ended_level >= level)
-			claim->ended_level = 0;
-		link = &claim->next;
-	}
-}
-
-/*
- * Remove what shared memory says of a claim.
- *
- * The scope may have been begun, ended and begun again.  The claims share one
- * entry, which then goes back to the older one.
- */
-static void
-untrack(const Claim *claim)
-{
-	if (!claim->tracked)
-		return;
-
-	for (Claim *older = claim->next; older != NULL; older = older->next)
-	{
-		if (memcmp(&older->locktag, &claim->locktag, sizeof(LOCKTAG)) == 0)
-		{
-			older->tracked = InFlightTrack(&older->locktag, &older->name,
-										   &older->facts);
-			return;
-		}
-	}
-
-	InFlightForget(&claim->locktag);
 }
 
 /*

@@ -12,12 +12,15 @@
 
 #include "datatype/timestamp.h"
 #include "in_flight.h"
+#include "lib/ilist.h"
 #include "scope.h"
 
 /* A claim that this transaction began */
 typedef struct Claim
 {
-	struct Claim *next;			/* the one begun before it */
+	dlist_node	node;			/* among all of them */
+	dlist_node	ended_node;		/* among the ended ones, if it is one */
+	struct Claim *older;		/* begun before it, and ended, on the same scope */
 	LOCKTAG		locktag;
 	int			held_level;		/* (sub)transaction that it goes with */
 	int			ended_level;	/* the one that ended it, 0 while it is held */
@@ -27,7 +30,6 @@ typedef struct Claim
 	bool		takes_over;		/* there is the record of a lease, now ours */
 	TimestampTz created_at;		/* begin of the first attempt */
 	int64		ttl;			/* to keep a completed answer, microseconds */
-	int64		error_ttl;		/* to keep a final error, microseconds */
 	ClaimFacts	facts;
 	ScopeName	name;			/* allocated as long as needed */
 } Claim;

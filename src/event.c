@@ -26,6 +26,9 @@
 #include "utils/memutils.h"
 #include "utils/timestamp.h"
 
+/* So many events are looked at for one that another can be added to */
+#define MAX_LOOKED	64
+
 /* An event that waits for the commit */
 typedef struct PendingEvent
 {
@@ -134,18 +137,20 @@ EventCountAtCommit(EventClass class, Datum action, uint64 count)
 {
 	ActionMetrics *metrics;
 	dlist_iter	iter;
+	int			looked = 0;
 
 	if (!MetricsEnabled() || count == 0)
 		return;
 	metrics = find_metrics(action);
 
 	/* there are not many actions in the batch of a sweep */
-	dlist_foreach(iter, &pending)
+	dlist_reverse_foreach(iter, &pending)
 	{
 		PendingEvent *event = dlist_container(PendingEvent, node, iter.cur);
 
+		if (event->level < GetCurrentTransactionNestLevel() || looked++ == MAX_LOOKED)
+			break;
 		if (event->metrics == metrics && event->class == class &&
-			event->level == GetCurrentTransactionNestLevel() &&
 			event->run_time < 0 && event->log == NULL)
 		{
 			event->count += count;

@@ -38,7 +38,7 @@ PG_FUNCTION_INFO_V1(idempotency_event_key);
  *
  * The key of an event.
  *
- * Errors: ID002 for an empty type or aggregate, or a type with a colon.
+ * Errors: 22023 for an empty type or aggregate, or a type with a colon.
  */
 Datum
 idempotency_event_key(PG_FUNCTION_ARGS)
@@ -67,12 +67,12 @@ make_name(FunctionCallInfo fcinfo)
 
 	if (event_type[0] == '\0' || strchr(event_type, ':') != NULL)
 		ereport(ERROR,
-				(errcode(ERRCODE_IDEMPOTENCY_MALFORMED),
+				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
 				 errmsg("event_type is malformed"),
 				 errdetail("It must not be empty or have a colon.")));
 	if (aggregate_id[0] == '\0')
 		ereport(ERROR,
-				(errcode(ERRCODE_IDEMPOTENCY_MALFORMED),
+				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
 				 errmsg("aggregate_id is malformed"),
 				 errdetail("It must not be empty.")));
 

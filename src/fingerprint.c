@@ -37,12 +37,11 @@
 #include "idempotency.h"
 
 #include "call.h"
-#include "common/cryptohash.h"
-#include "common/sha2.h"
 #include "fingerprint.h"
 #include "mb/pg_wchar.h"
 #include "miscadmin.h"
 #include "port/pg_bswap.h"
+#include "sha256.h"
 #include "utils/builtins.h"
 #include "utils/fmgrprotos.h"
 #include "utils/jsonb.h"
@@ -53,13 +52,6 @@
 /* Hash what was written so far when it is longer than this */
 #define FLUSH_BYTES		8192
 
-/* A form being written */
-typedef struct FormWriter
-{
-	pg_cryptohash_ctx *hash;	/* takes the form in pieces */
-	StringInfoData buf;			/* what the hash has not seen yet */
-} FormWriter;
-
 /* A member of an object, with the key as it goes into the form */
 typedef struct FormMember
 {
@@ -69,18 +61,17 @@ typedef struct FormMember
 } FormMember;
 
 static void hash_request(Jsonb *request, uint8 *digest);
-static void write_container(FormWriter *writer, JsonbContainer *container);
-static void write_array(FormWriter *writer, JsonbIterator **it, int count);
-static void write_object(FormWriter *writer, JsonbIterator **it, int count);
-static void write_value(FormWriter *writer, JsonbValue *value);
-static void write_number(FormWriter *writer, Numeric number);
+static void write_container(StringInfo form, JsonbContainer *container);
+static void write_array(StringInfo form, JsonbIterator **it, int count);
+static void write_object(StringInfo form, JsonbIterator **it, int count);
+static void write_value(StringInfo form, JsonbValue *value);
+static void write_number(StringInfo form, Numeric number);
 static uint16 read_uint16(const char **at);
-static void write_header(FormWriter *writer, char type, int count);
-static void write_bytes(FormWriter *writer, const char *data, int len);
-static void flush_form(FormWriter *writer);
+static void write_header(StringInfo form, char type, int count);
+static void write_bytes(StringInfo form, const char *data, int len);
+static void flush_form(StringInfo form);
 static char *to_utf8(char *data, int *len);
 static int	compare_members(const void *a, const void *b);
-static void hash_failed(pg_cryptohash_ctx *hash);
 
 PG_FUNCTION_INFO_V1(idempotency_request_hash);
 
@@ -104,7 +95,7 @@ idempotency_request_hash(PG_FUNCTION_ARGS)
  * Get the fingerprint of a call: of the request, or the digest that the
  * caller brought, or none at all.
  *
- * Errors: ID002 when both are given or the digest has no sensible length.
+ * Errors: 22023 when both are given or the digest has no sensible length.
  */
 void
 FingerprintFromArguments(Fingerprint *fingerprint, FunctionCallInfo fcinfo,
@@ -117,13 +108,13 @@ FingerprintFromArguments(Fingerprint *fingerprint, FunctionCallInfo fcinfo,
 
 		if (!PG_ARGISNULL(request_argument))
 			ereport(ERROR,
-					(errcode(ERRCODE_IDEMPOTENCY_MALFORMED),
+					(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
 					 errmsg("both request and request_hash were given"),
 					 errhint("Give the request, or a digest of it that does not change between retries.")));
 
 		if (len < FINGERPRINT_MIN || len > FINGERPRINT_MAX)
 			ereport(ERROR,
-					(errcode(ERRCODE_IDEMPOTENCY_MALFORMED),
+					(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
 					 errmsg("request_hash is malformed"),
 					 errdetail("Its length in bytes is %d, and must be from %d to %d.",
 							   len, FINGERPRINT_MIN, FINGERPRINT_MAX)));
@@ -199,28 +190,24 @@ FingerprintGetBytea(const Fingerprint *fingerprint)
 static void
 hash_request(Jsonb *request, uint8 *digest)
 {
-	FormWriter	writer;
+	StringInfoData form;
 
-	writer.hash = pg_cryptohash_create(PG_SHA256);
-	if (pg_cryptohash_init(writer.hash) < 0)
-		hash_failed(writer.hash);
-	initStringInfo(&writer.buf);
+	Sha256Start();
+	initStringInfo(&form);
 
-	appendStringInfoCharMacro(&writer.buf, FORM_VERSION);
-	write_container(&writer, &request->root);
+	appendStringInfoCharMacro(&form, FORM_VERSION);
+	write_container(&form, &request->root);
 
-	flush_form(&writer);
-	if (pg_cryptohash_final(writer.hash, digest, PG_SHA256_DIGEST_LENGTH) < 0)
-		hash_failed(writer.hash);
-	pg_cryptohash_free(writer.hash);
-	pfree(writer.buf.data);
+	flush_form(&form);
+	Sha256Finish(digest);
+	pfree(form.data);
 }
 
 /*
  * Write an array, an object, or the lone value that a jsonb can also be.
  */
 static void
-write_container(FormWriter *writer, JsonbContainer *container)
+write_container(StringInfo form, JsonbContainer *container)
 {
 	JsonbIterator *it = JsonbIteratorInit(container);
 	JsonbValue	value;
@@ -228,33 +215,33 @@ write_container(FormWriter *writer, JsonbContainer *container)
 	check_stack_depth();
 
 	if (JsonbIteratorNext(&it, &value, true) == WJB_BEGIN_OBJECT)
-		write_object(writer, &it, value.val.object.nPairs);
+		write_object(form, &it, value.val.object.nPairs);
 	else if (value.val.array.rawScalar)
 	{
 		JsonbIteratorNext(&it, &value, true);
-		write_value(writer, &value);
+		write_value(form, &value);
 	}
 	else
-		write_array(writer, &it, value.val.array.nElems);
+		write_array(form, &it, value.val.array.nElems);
 
 	pfree(it);
 }
 
 static void
-write_array(FormWriter *writer, JsonbIterator **it, int count)
+write_array(StringInfo form, JsonbIterator **it, int count)
 {
 	JsonbValue	value;
 
-	write_header(writer, '[', count);
+	write_header(form, '[', count);
 	for (int i = 0; i < count; i++)
 	{
 		JsonbIteratorNext(it, &value, true);
-		write_value(writer, &value);
+		write_value(form, &value);
 	}
 }
 
 static void
-write_object(FormWriter *writer, JsonbIterator **it, int count)
+write_object(StringInfo form, JsonbIterator **it, int count)
 {
 	FormMember *members = palloc_array(FormMember, count);
 
@@ -271,50 +258,50 @@ write_object(FormWriter *writer, JsonbIterator **it, int count)
 	/* costs one comparison a member where jsonb happens to have this order */
 	qsort(members, count, sizeof(FormMember), compare_members);
 
-	write_header(writer, '{', count);
+	write_header(form, '{', count);
 	for (int i = 0; i < count; i++)
 	{
-		write_bytes(writer, members[i].key, members[i].key_len);
-		write_value(writer, &members[i].value);
+		write_bytes(form, members[i].key, members[i].key_len);
+		write_value(form, &members[i].value);
 	}
 	pfree(members);
 }
 
 static void
-write_value(FormWriter *writer, JsonbValue *value)
+write_value(StringInfo form, JsonbValue *value)
 {
 	CHECK_FOR_INTERRUPTS();
 
 	switch (value->type)
 	{
 		case jbvNull:
-			appendStringInfoCharMacro(&writer->buf, 'n');
+			appendStringInfoCharMacro(form, 'n');
 			break;
 		case jbvBool:
-			appendStringInfoCharMacro(&writer->buf,
+			appendStringInfoCharMacro(form,
 									  value->val.boolean ? 't' : 'f');
 			break;
 		case jbvNumeric:
-			write_number(writer, value->val.numeric);
+			write_number(form, value->val.numeric);
 			break;
 		case jbvString:
 			{
 				int			len = value->val.string.len;
 				char	   *data = to_utf8(value->val.string.val, &len);
 
-				appendStringInfoCharMacro(&writer->buf, '"');
-				write_bytes(writer, data, len);
+				appendStringInfoCharMacro(form, '"');
+				write_bytes(form, data, len);
 				break;
 			}
 		case jbvBinary:
-			write_container(writer, value->val.binary.data);
+			write_container(form, value->val.binary.data);
 			break;
 		default:
 			elog(ERROR, "unrecognized jsonb value type: %d", (int) value->type);
 	}
 
-	if (writer->buf.len > FLUSH_BYTES)
-		flush_form(writer);
+	if (form->len > FLUSH_BYTES)
+		flush_form(form);
 }
 
 /*
@@ -325,7 +312,7 @@ write_value(FormWriter *writer, JsonbValue *value)
  * display scale, and the digits.
  */
 static void
-write_number(FormWriter *writer, Numeric number)
+write_number(StringInfo form, Numeric number)
 {
 	bytea	   *wire = DatumGetByteaPP(DirectFunctionCall1(numeric_send,
 														   NumericGetDatum(number)));
@@ -359,8 +346,8 @@ write_number(FormWriter *writer, Numeric number)
 	*end++ = 'e';
 	end += pg_ltoa(exponent, end);
 
-	appendStringInfoCharMacro(&writer->buf, '#');
-	write_bytes(writer, first, end - first);
+	appendStringInfoCharMacro(form, '#');
+	write_bytes(form, first, end - first);
 
 	pfree(buffer);
 	pfree(wire);
@@ -380,30 +367,28 @@ read_uint16(const char **at)
 }
 
 static void
-write_header(FormWriter *writer, char type, int count)
+write_header(StringInfo form, char type, int count)
 {
 	uint32		n = pg_hton32((uint32) count);
 
-	appendStringInfoCharMacro(&writer->buf, type);
-	appendBinaryStringInfo(&writer->buf, (char *) &n, sizeof(n));
+	appendStringInfoCharMacro(form, type);
+	appendBinaryStringInfo(form, (char *) &n, sizeof(n));
 }
 
 static void
-write_bytes(FormWriter *writer, const char *data, int len)
+write_bytes(StringInfo form, const char *data, int len)
 {
 	uint32		n = pg_hton32((uint32) len);
 
-	appendBinaryStringInfo(&writer->buf, (char *) &n, sizeof(n));
-	appendBinaryStringInfo(&writer->buf, data, len);
+	appendBinaryStringInfo(form, (char *) &n, sizeof(n));
+	appendBinaryStringInfo(form, data, len);
 }
 
 static void
-flush_form(FormWriter *writer)
+flush_form(StringInfo form)
 {
-	if (pg_cryptohash_update(writer->hash, (uint8 *) writer->buf.data,
-							 writer->buf.len) < 0)
-		hash_failed(writer->hash);
-	resetStringInfo(&writer->buf);
+	Sha256Add(form->data, form->len);
+	resetStringInfo(form);
 }
 
 /*
@@ -433,11 +418,4 @@ compare_members(const void *a, const void *b)
 	if (left->key_len != right->key_len)
 		return left->key_len < right->key_len ? -1 : 1;
 	return memcmp(left->key, right->key, left->key_len);
-}
-
-static void
-hash_failed(pg_cryptohash_ctx *hash)
-{
-	elog(ERROR, "could not compute SHA-256 of request: %s",
-		 pg_cryptohash_error(hash));
 }

@@ -11,7 +11,10 @@
  * lock all the same is met in the unique index (see store.c).
  *
  * A leased claim has its row already.  It may have been begun in another
- * transaction, and is named by its attempt (see lease.c).
+ * transaction, and is named by its id (see lease.c).
+ *
+ * What depends on the status, which is known only now, is decided only now: what
+ * class it is of, and how long the answer is kept.
  *
  *-------------------------------------------------------------------------
  */
@@ -23,6 +26,7 @@
 #include "lease.h"
 #include "utils/builtins.h"
 #include "utils/datum.h"
+#include "utils/regproc.h"
 #include "utils/timestamp.h"
 
 /* Arguments of finish */
@@ -35,8 +39,9 @@ enum
 	FINISH_RESPONSE,
 	FINISH_HEADERS,
 	FINISH_ACTOR,
-	FINISH_ATTEMPT,
-	FINISH_BODY
+	FINISH_CLAIM,
+	FINISH_BODY,
+	FINISH_TTL
 };
 
 /* Arguments of release */
@@ -46,23 +51,24 @@ enum
 	RELEASE_ACTION,
 	RELEASE_KEY,
 	RELEASE_ACTOR,
-	RELEASE_ATTEMPT
+	RELEASE_CLAIM
 };
 
 static void report_end(const Scope *scope, StatusClass class, int attempt,
 					   int status, TimestampTz since);
-static void check_answer(const Answer *answer);
 static void check_size(const Answer *answer);
-static Claim *find_claim(const Scope *scope, FunctionCallInfo fcinfo,
-						 int attempt_argument);
-static void refuse_unnamed_lease(const Scope *scope);
-static StatusClass finish_lease(Scope *scope, int attempt,
+static Claim *find_transaction_claim(const Scope *scope,
+									 const NullableDatum *claim_id);
+static void end_own_lease(const Scope *scope);
+static void refuse_without_claim(const Scope *scope);
+static StatusClass finish_lease(const Scope *scope, const pg_uuid_t *claim_id,
 								const Answer *answer);
 static bool is_finished(const Record *record, const Answer *answer,
 						StatusClass *class);
 static bool same_value(Datum stored, bool stored_isnull,
 					   const NullableDatum *given, int typlen);
-static bool release_lease(Scope *scope, int attempt);
+static bool release_lease(const Scope *scope, const pg_uuid_t *claim_id);
+static void refuse_ended(void);
 static void write_record(const Scope *scope, const Claim *claim,
 						 Record *record);
 static void set_answer(Record *record, StatusClass class, const Answer *answer,
@@ -73,14 +79,16 @@ PG_FUNCTION_INFO_V1(idempotency_release);
 
 /*
  * idempotency_finish(tenant text, action text, key text, status_code int,
- *					  response json, headers jsonb, actor text, attempt int,
- *					  body bytea) returns text
+ *					  response json, headers jsonb, actor text, claim uuid,
+ *					  body bytea, ttl interval) returns text
  *
  * Store the answer and end the claim.  Returns what became of the request:
  * completed, errored or released.
  *
- * Errors: ID001, ID002, ID005 without a claim, ID007 for too large an answer,
- * 25006, 40001 in a serializable transaction, 42501.
+ * Errors: ID001, ID002, ID005 for a claim that was lost, ID007 for too large an
+ * answer, ID008 without a claim, or without its id if it is leased, 22023 and
+ * 22004 for an impossible status, answer or ttl, 25006, 40001 in a serializable
+ * transaction, 42501.
  */
 Datum
 idempotency_finish(PG_FUNCTION_ARGS)
@@ -94,29 +102,22 @@ idempotency_finish(PG_FUNCTION_ARGS)
 		.response = fcinfo->args[FINISH_RESPONSE],
 		.headers = fcinfo->args[FINISH_HEADERS],
 		.body = fcinfo->args[FINISH_BODY],
+		.ttl = fcinfo->args[FINISH_TTL],
 	};
 
 	CallNeedsReadWrite("idempotency_finish()");
 	ScopeFromArguments(&scope, fcinfo, FINISH_ACTOR);
-	check_answer(&answer);
+	FinishCheckAnswer(&answer, InvalidOid);
 
-	claim = find_claim(&scope, fcinfo, FINISH_ATTEMPT);
-	if (claim != NULL && !claim_is_leased(&claim->facts))
+	claim = find_transaction_claim(&scope, &fcinfo->args[FINISH_CLAIM]);
+	if (claim != NULL)
 		class = FinishClaim(&scope, claim, &answer, &record);
-	else if (!PG_ARGISNULL(FINISH_ATTEMPT))
-	{
-		class = finish_lease(&scope, PG_GETARG_INT32(FINISH_ATTEMPT), &answer);
-		if (claim != NULL)
-			ClaimEnd(claim);
-	}
 	else
 	{
-		refuse_unnamed_lease(&scope);
-		ereport(ERROR,
-				(errcode(ERRCODE_IDEMPOTENCY_NO_CLAIM),
-				 errmsg("no such claim"),
-				 errdetail("This transaction did not begin the request, or has already finished it."),
-				 errhint("Do the work only when the outcome of idempotency_begin is \"started\".")));
+		if (PG_ARGISNULL(FINISH_CLAIM))
+			refuse_without_claim(&scope);
+		class = finish_lease(&scope, PG_GETARG_UUID_P(FINISH_CLAIM), &answer);
+		end_own_lease(&scope);
 	}
 
 	PG_RETURN_TEXT_P(cstring_to_text(StatusClassName(class)));
@@ -124,13 +125,14 @@ idempotency_finish(PG_FUNCTION_ARGS)
 
 /*
  * idempotency_release(tenant text, action text, key text, actor text,
- *					   attempt int) returns boolean
+ *					   claim uuid) returns boolean
  *
  * Give a claim back without an answer, so that the next repeat runs.  Returns
- * whether there was one.
+ * true, or false if this leased claim was released before.
  *
- * Errors: ID001, ID002, ID005 for a leased claim of another attempt, 25006,
- * 40001 in a serializable transaction, 42501.
+ * Errors: ID001, ID002, ID005 for a claim that was lost, ID008 without a claim,
+ * or without its id if it is leased, 22023, 22004, 25006, 40001 in a serializable
+ * transaction, 42501.
  */
 Datum
 idempotency_release(PG_FUNCTION_ARGS)
@@ -142,8 +144,8 @@ idempotency_release(PG_FUNCTION_ARGS)
 	CallNeedsReadWrite("idempotency_release()");
 	ScopeFromArguments(&scope, fcinfo, RELEASE_ACTOR);
 
-	claim = find_claim(&scope, fcinfo, RELEASE_ATTEMPT);
-	if (claim != NULL && !claim_is_leased(&claim->facts))
+	claim = find_transaction_claim(&scope, &fcinfo->args[RELEASE_CLAIM]);
+	if (claim != NULL)
 	{
 		report_end(&scope, STATUS_RELEASED, claim->facts.attempt, 0,
 				   claim->facts.started_at);
@@ -151,16 +153,49 @@ idempotency_release(PG_FUNCTION_ARGS)
 		PG_RETURN_BOOL(true);
 	}
 
-	if (PG_ARGISNULL(RELEASE_ATTEMPT))
-	{
-		refuse_unnamed_lease(&scope);
-		PG_RETURN_BOOL(false);
-	}
-
-	released = release_lease(&scope, PG_GETARG_INT32(RELEASE_ATTEMPT));
-	if (claim != NULL)
-		ClaimEnd(claim);
+	if (PG_ARGISNULL(RELEASE_CLAIM))
+		refuse_without_claim(&scope);
+	released = release_lease(&scope, PG_GETARG_UUID_P(RELEASE_CLAIM));
+	end_own_lease(&scope);
 	PG_RETURN_BOOL(released);
+}
+
+/*
+ * Refuse an answer that cannot be stored: that of a handler, by its OID, or that
+ * of the caller, for which the handler is InvalidOid.
+ *
+ * Errors: 39000 for a handler's; 22004 for a null status and 22023 for the rest
+ * of the caller's.
+ */
+void
+FinishCheckAnswer(const Answer *answer, Oid handler)
+{
+	if (!StatusIsValid(&answer->status_code))
+		ereport(ERROR,
+				(errcode(OidIsValid(handler) ?
+						 ERRCODE_EXTERNAL_ROUTINE_INVOCATION_EXCEPTION :
+						 answer->status_code.isnull ?
+						 ERRCODE_NULL_VALUE_NOT_ALLOWED :
+						 ERRCODE_INVALID_PARAMETER_VALUE),
+				 OidIsValid(handler) ?
+				 errmsg("handler %s returned a status_code out of range",
+						format_procedure(handler)) :
+				 answer->status_code.isnull ?
+				 errmsg("status_code is missing") :
+				 errmsg("status_code is out of range"),
+				 errdetail("It must be an HTTP status, from %d to %d.",
+						   STATUS_MIN, STATUS_MAX)));
+
+	if (!answer->response.isnull && !answer->body.isnull)
+		ereport(ERROR,
+				(errcode(OidIsValid(handler) ?
+						 ERRCODE_EXTERNAL_ROUTINE_INVOCATION_EXCEPTION :
+						 ERRCODE_INVALID_PARAMETER_VALUE),
+				 OidIsValid(handler) ?
+				 errmsg("handler %s returned both a response and a body",
+						format_procedure(handler)) :
+				 errmsg("both response and body were given"),
+				 errhint("Use response for JSON and body for anything else.")));
 }
 
 /*
@@ -168,7 +203,7 @@ idempotency_release(PG_FUNCTION_ARGS)
  *
  * *record is filled in with what was stored, or would have been if the status
  * were not one after which the request may be run again.  Returns what became
- * of the request.  Errors: ID005, ID007.
+ * of the request.  Errors: ID005, ID007, 22023 for a ttl that is out of range.
  */
 StatusClass
 FinishClaim(const Scope *scope, Claim *claim, const Answer *answer,
@@ -176,6 +211,12 @@ FinishClaim(const Scope *scope, Claim *claim, const Answer *answer,
 {
 	StatusClass class = StatusClassify(DatumGetInt32(answer->status_code.value));
 	TimestampTz now = GetCurrentTimestamp();
+	int64		ttl = claim->ttl;
+
+	if (class != STATUS_COMPLETED)
+		ttl = CallReadErrorTtl(&answer->ttl);
+	else if (!answer->ttl.isnull)
+		ttl = CallReadTtl(&answer->ttl);
 
 	RecordInit(record, scope);
 	if (claim->facts.fingerprint.len > 0)
@@ -183,9 +224,7 @@ FinishClaim(const Scope *scope, Claim *claim, const Answer *answer,
 				  FingerprintGetBytea(&claim->facts.fingerprint));
 	RecordSet(record, attempt, Int32GetDatum(claim->facts.attempt));
 	RecordSet(record, created_at, TimestampTzGetDatum(claim->created_at));
-	RecordSet(record, expires_at, TimestampTzGetDatum(now + claim->ttl));
-	if (class == STATUS_ERRORED)
-		RecordSet(record, expires_at, TimestampTzGetDatum(now + claim->error_ttl));
+	RecordSet(record, expires_at, TimestampTzGetDatum(now + ttl));
 	set_answer(record, class, answer, now);
 
 	if (class != STATUS_RELEASED)
@@ -199,6 +238,21 @@ FinishClaim(const Scope *scope, Claim *claim, const Answer *answer,
 			   claim->facts.started_at);
 
 	return class;
+}
+
+/*
+ * What a call returns that has finished a claim.  Of an answer that is not kept
+ * there is no time to tell.
+ */
+void
+FinishedRow(ResultRow *row, StatusClass class, Record *record)
+{
+	if (class == STATUS_RELEASED)
+	{
+		RecordSetNull(record, finished_at);
+		RecordSetNull(record, expires_at);
+	}
+	ResultAnswer(row, StatusClassName(class), record);
 }
 
 /*
@@ -225,26 +279,6 @@ report_end(const Scope *scope, StatusClass class, int attempt, int status,
 }
 
 /*
- * Refuse an answer that cannot be stored.
- */
-static void
-check_answer(const Answer *answer)
-{
-	if (!StatusIsValid(&answer->status_code))
-		ereport(ERROR,
-				(errcode(ERRCODE_IDEMPOTENCY_MALFORMED),
-				 errmsg("status_code is out of range"),
-				 errdetail("It must be an HTTP status, from %d to %d.",
-						   STATUS_MIN, STATUS_MAX)));
-
-	if (!answer->response.isnull && !answer->body.isnull)
-		ereport(ERROR,
-				(errcode(ERRCODE_IDEMPOTENCY_MALFORMED),
-				 errmsg("both response and body were given"),
-				 errhint("Use response for JSON and body for anything else.")));
-}
-
-/*
  * Refuse an answer that is too large to be kept.
  */
 static void
@@ -257,62 +291,92 @@ check_size(const Answer *answer)
 }
 
 /*
- * Find the claim of this transaction on a scope, null if it has none.
+ * Find the transaction claim that this transaction holds on a scope, null if it
+ * has none.
  *
- * A claim whose attempt is named must have that one.
+ * Who brings the id of a claim means a leased one, which this transaction has
+ * then taken over.  Errors: ID005.
  */
 static Claim *
-find_claim(const Scope *scope, FunctionCallInfo fcinfo, int attempt_argument)
+find_transaction_claim(const Scope *scope, const NullableDatum *claim_id)
 {
 	Claim	   *claim = ClaimFindHeld(scope);
 
-	if (claim != NULL && !PG_ARGISNULL(attempt_argument) &&
-		PG_GETARG_INT32(attempt_argument) != claim->facts.attempt)
+	if (claim == NULL || claim_is_leased(&claim->facts))
+		return NULL;
+
+	if (!claim_id->isnull)
 		ereport(ERROR,
-				(errcode(ERRCODE_IDEMPOTENCY_NO_CLAIM),
-				 errmsg("no such claim"),
-				 errdetail("The claim of this transaction is attempt %d, not %d.",
-						   claim->facts.attempt,
-						   PG_GETARG_INT32(attempt_argument))));
+				(errcode(ERRCODE_IDEMPOTENCY_CLAIM_LOST),
+				 errmsg("claim was lost"),
+				 errdetail("This transaction has begun the request itself, and its claim is not leased.")));
 	return claim;
 }
 
 /*
- * Tell a caller who names no attempt if that is what a claim needs.
+ * If the leased claim that was just ended was begun by this transaction, note
+ * that.
  */
 static void
-refuse_unnamed_lease(const Scope *scope)
+end_own_lease(const Scope *scope)
+{
+	Claim	   *claim = ClaimFindHeld(scope);
+
+	if (claim != NULL)
+		ClaimEnd(claim);
+}
+
+/*
+ * Refuse to end a claim that there is not, or that is leased and not named.
+ *
+ * Errors: ID008.
+ */
+static void
+refuse_without_claim(const Scope *scope)
 {
 	Store		store;
 	Record		record;
+	bool		leased;
 
 	StoreOpen(&store, RowExclusiveLock);
-	if (StoreFind(&store, scope, GetCurrentTimestamp(), &record) == RECORD_LIVE &&
-		RecordGetState(&record) == RECORD_PENDING)
-		ereport(ERROR,
-				(errcode(ERRCODE_IDEMPOTENCY_NO_CLAIM),
-				 errmsg("no such claim"),
-				 errdetail("The claim on the request is leased, and the call names no attempt."),
-				 errhint("Give the attempt that idempotency_begin returned.")));
+	leased = StoreFind(&store, scope, GetCurrentTimestamp(),
+					   &record) == RECORD_LIVE &&
+		RecordGetState(&record) == RECORD_PENDING;
 	StoreClose(&store);
+
+	ereport(ERROR,
+			(errcode(ERRCODE_IDEMPOTENCY_OUT_OF_ORDER),
+			 errmsg("no such claim"),
+			 leased ?
+			 errdetail("The claim on the request is leased, and the call does not bring its id.") :
+			 errdetail("This transaction did not begin the request, or has already ended the claim."),
+			 leased ?
+			 errhint("Give the claim that idempotency_begin returned.") :
+			 errhint("Do the work only when the outcome of idempotency_begin is \"started\".")));
 }
 
 /*
  * Finish a leased claim.
  */
 static StatusClass
-finish_lease(Scope *scope, int attempt, const Answer *answer)
+finish_lease(const Scope *scope, const pg_uuid_t *claim_id,
+			 const Answer *answer)
 {
 	StatusClass class = StatusClassify(DatumGetInt32(answer->status_code.value));
+	int64		ttl = 0;
 	TimestampTz now;
 	Store		store;
 	Record		record;
 
+	if (class != STATUS_COMPLETED)
+		ttl = CallReadErrorTtl(&answer->ttl);
+	else if (!answer->ttl.isnull)
+		ttl = CallReadTtl(&answer->ttl);
 	if (class != STATUS_RELEASED)
 		check_size(answer);
 
 	StoreOpen(&store, RowExclusiveLock);
-	LeaseFind(&store, scope, attempt, &record);
+	LeaseFind(&store, scope, claim_id, &record);
 	now = GetCurrentTimestamp();
 
 	if (is_finished(&record, answer, &class))
@@ -322,23 +386,20 @@ finish_lease(Scope *scope, int attempt, const Answer *answer)
 		return class;
 	}
 
-	if (RecordGetState(&record) != RECORD_PENDING ||
-		LeaseIsReleased(&record))
-		ereport(ERROR,
-				(errcode(ERRCODE_IDEMPOTENCY_NO_CLAIM),
-				 errmsg("no such claim"),
-				 errdetail("Attempt %d has already ended, in another way.",
-						   attempt)));
-	report_end(scope, class, attempt, DatumGetInt32(answer->status_code.value),
+	if (RecordGetState(&record) != RECORD_PENDING || LeaseIsReleased(&record))
+		refuse_ended();
+	report_end(scope, class, DatumGetInt32(RecordValue(&record, attempt)),
+			   DatumGetInt32(answer->status_code.value),
 			   DatumGetTimestampTz(RecordValue(&record, created_at)));
 	if (class == STATUS_RELEASED)
 		LeaseRelease(&store, &record);
 	else
 	{
-		TimestampTz expires_at = LeaseGetAnswerExpiry(&record, now);
+		TimestampTz expires_at = now + ttl;
 
-		if (class == STATUS_ERRORED)
-			expires_at = now + CallReadErrorTtl();
+		if (class == STATUS_COMPLETED)
+			expires_at = LeaseGetAnswerExpiry(&record, now, ttl > 0 ? ttl :
+											  LeaseGetTtl(&record));
 		RecordSet(&record, expires_at, TimestampTzGetDatum(expires_at));
 		set_answer(&record, class, answer, now);
 		StoreUpdate(&store, &record);
@@ -390,22 +451,20 @@ same_value(Datum stored, bool stored_isnull, const NullableDatum *given,
  * Release a leased claim.  Returns false if that was done before.
  */
 static bool
-release_lease(Scope *scope, int attempt)
+release_lease(const Scope *scope, const pg_uuid_t *claim_id)
 {
 	Store		store;
 	Record		record;
 	bool		released = false;
 
 	StoreOpen(&store, RowExclusiveLock);
-	LeaseFind(&store, scope, attempt, &record);
+	LeaseFind(&store, scope, claim_id, &record);
 	if (RecordGetState(&record) != RECORD_PENDING)
-		ereport(ERROR,
-				(errcode(ERRCODE_IDEMPOTENCY_NO_CLAIM),
-				 errmsg("no such claim"),
-				 errdetail("Attempt %d has already been finished.", attempt)));
+		refuse_ended();
 	if (!LeaseIsReleased(&record))
 	{
-		report_end(scope, STATUS_RELEASED, attempt, 0,
+		report_end(scope, STATUS_RELEASED,
+				   DatumGetInt32(RecordValue(&record, attempt)), 0,
 				   DatumGetTimestampTz(RecordValue(&record, created_at)));
 		LeaseRelease(&store, &record);
 		released = true;
@@ -413,6 +472,18 @@ release_lease(Scope *scope, int attempt)
 	StoreClose(&store);
 
 	return released;
+}
+
+/*
+ * Refuse to end a claim that has ended in another way.
+ */
+static void
+refuse_ended(void)
+{
+	ereport(ERROR,
+			(errcode(ERRCODE_IDEMPOTENCY_CLAIM_LOST),
+			 errmsg("claim was lost"),
+			 errdetail("It has already ended, in another way.")));
 }
 
 /*
@@ -431,6 +502,7 @@ write_record(const Scope *scope, const Claim *claim, Record *record)
 
 	if (claim->takes_over && life != RECORD_ABSENT &&
 		RecordGetState(&found) == RECORD_PENDING &&
+		RecordIsNull(&found, claim) &&
 		DatumGetInt32(RecordValue(&found, attempt)) == claim->facts.attempt)
 		StoreUpdate(&store, record);
 	else

@@ -11,6 +11,7 @@
 #include "postgres.h"
 
 #include "claim.h"
+#include "result.h"
 #include "status.h"
 #include "store.h"
 
@@ -21,9 +22,12 @@ typedef struct Answer
 	NullableDatum response;		/* json */
 	NullableDatum headers;		/* jsonb */
 	NullableDatum body;			/* bytea */
+	NullableDatum ttl;			/* interval, how long to keep it */
 } Answer;
 
+extern void FinishCheckAnswer(const Answer *answer, Oid handler);
 extern StatusClass FinishClaim(const Scope *scope, Claim *claim,
 							   const Answer *answer, Record *record);
+extern void FinishedRow(ResultRow *row, StatusClass class, Record *record);
 
 #endif							/* IDEMPOTENCY_FINISH_H */

@@ -57,9 +57,9 @@ typedef struct MessageId
 static MessageId *read_batch(ArrayType *batch, int *count);
 static void add_position(void *arg);
 static text *read_name(FunctionCallInfo fcinfo, int argument);
-static void record_batch(MessageId *ids, int count, const Scope *scope,
+static void record_batch(MessageId *ids, int count, Scope *scope,
 						 int64 ttl);
-static bool record_id(Store *store, Record *record);
+static bool record_id(Store *store, const Scope *scope, Record *record);
 static bool is_over(const Record *record);
 static int	compare_ids(const void *a, const void *b);
 static int	compare_positions(const void *a, const void *b);
@@ -74,13 +74,14 @@ PG_FUNCTION_INFO_V1(idempotency_first_seen);
  * Record the ids of messages, and return those that are new, once each and in
  * the order of the batch.
  *
- * Errors: ID001 for a null or empty id, ID002 for anything malformed, 25006 in
- * a read-only transaction, 40001 in a serializable one, 42501.
+ * Errors: ID001 for a null or empty id, ID002 for a malformed one, 22004 and
+ * 22023 for the other arguments, 25006 in a read-only transaction, 40001 in a
+ * serializable one, 42501.
  */
 Datum
 idempotency_first_seen(PG_FUNCTION_ARGS)
 {
-	ReturnSetInfo *rsinfo = (ReturnSetInfo *) fcinfo->resultinfo;
+	ReturnSetInfo *rsinfo;
 	Scope		scope = {0};
 	int64		ttl;
 	MessageId  *ids;
@@ -92,20 +93,26 @@ idempotency_first_seen(PG_FUNCTION_ARGS)
 	PreventCommandIfParallelMode("idempotency_first_seen()");
 
 	ScopeCheckTenant(tenant);
-	if (VARSIZE_ANY_EXHDR(consumer) == 0 || PG_ARGISNULL(FIRST_SEEN_MESSAGE_IDS))
+	if (VARSIZE_ANY_EXHDR(consumer) == 0)
 		ereport(ERROR,
-				(errcode(ERRCODE_IDEMPOTENCY_MALFORMED),
-				 VARSIZE_ANY_EXHDR(consumer) == 0 ?
-				 errmsg("consumer is missing") :
+				(errcode(PG_ARGISNULL(FIRST_SEEN_CONSUMER) ?
+						 ERRCODE_NULL_VALUE_NOT_ALLOWED :
+						 ERRCODE_INVALID_PARAMETER_VALUE),
+				 errmsg("consumer is missing")));
+	if (PG_ARGISNULL(FIRST_SEEN_MESSAGE_IDS))
+		ereport(ERROR,
+				(errcode(ERRCODE_NULL_VALUE_NOT_ALLOWED),
 				 errmsg("message_ids is missing")));
 	ScopeCheckName("consumer", consumer);
 	scope.parts[SCOPE_TENANT] = PointerGetDatum(tenant);
 	scope.parts[SCOPE_ACTION] = PointerGetDatum(consumer);
 	scope.parts[SCOPE_ACTOR] = PointerGetDatum(cstring_to_text(""));
-	ttl = CallReadTtl(fcinfo, FIRST_SEEN_TTL);
+	ttl = CallReadTtl(&fcinfo->args[FIRST_SEEN_TTL]);
 	ids = read_batch(PG_GETARG_ARRAYTYPE_P(FIRST_SEEN_MESSAGE_IDS), &count);
 
+	/* refuses a caller that is not prepared for a set */
 	InitMaterializedSRF(fcinfo, MAT_SRF_USE_EXPECTED_DESC);
+	rsinfo = (ReturnSetInfo *) fcinfo->resultinfo;
 	record_batch(ids, count, &scope, ttl);
 
 	qsort(ids, count, sizeof(MessageId), compare_positions);
@@ -181,7 +188,7 @@ add_position(void *arg)
  * Record the ids of a batch, and mark those that are new.
  */
 static void
-record_batch(MessageId *ids, int count, const Scope *scope, int64 ttl)
+record_batch(MessageId *ids, int count, Scope *scope, int64 ttl)
 {
 	TimestampTz now = GetCurrentTimestamp();
 	Store		store;
@@ -195,6 +202,7 @@ record_batch(MessageId *ids, int count, const Scope *scope, int64 ttl)
 	RecordInit(&record, scope);
 	RecordSetState(&record, RECORD_COMPLETED);
 	RecordSet(&record, status_code, Int32GetDatum(STATUS_SEEN));
+	RecordSet(&record, attempt, Int32GetDatum(1));
 	RecordSet(&record, created_at, TimestampTzGetDatum(now));
 	RecordSet(&record, finished_at, TimestampTzGetDatum(now));
 	RecordSet(&record, expires_at, TimestampTzGetDatum(now + ttl));
@@ -210,9 +218,9 @@ record_batch(MessageId *ids, int count, const Scope *scope, int64 ttl)
 			continue;
 		}
 
+		scope->parts[SCOPE_KEY] = ids[i].id;
 		RecordSet(&record, key, ids[i].id);
-		RecordSet(&record, attempt, Int32GetDatum(1));
-		ids[i].is_new = record_id(&store, &record);
+		ids[i].is_new = record_id(&store, scope, &record);
 		if (ids[i].is_new)
 			unseen++;
 		else
@@ -230,26 +238,30 @@ record_batch(MessageId *ids, int count, const Scope *scope, int64 ttl)
  * Record an id, unless it was seen before.  Returns whether it is new.
  *
  * A row that counts as absent is replaced, and if it was that of a leased
- * claim, its attempt is fenced off.
+ * claim, that is fenced off.
+ *
+ * A serializable transaction also has to know of an id that was recorded after
+ * its snapshot was taken, and is swept already: that is not in the index any more
+ * for who inserts.
  */
 static bool
-record_id(Store *store, Record *record)
+record_id(Store *store, const Scope *scope, Record *record)
 {
 	Record		found;
 
+	if (IsolationIsSerializable())
+	{
+		(void) StoreFind(store, scope, GetCurrentTimestamp(), &found);
+		StoreCheckSerializable(store);
+	}
+
 	while (!StoreInsertUnlessFound(store, record, &found))
 	{
+		StoreCheckSerializable(store);
 		if (!is_over(&found))
-		{
-			StoreCheckSerializable(store);
 			return false;
-		}
 		if (StoreLock(store, true, &found) == ROW_LOCKED)
-		{
-			RecordSet(record, attempt,
-					  Int32GetDatum(DatumGetInt32(RecordValue(&found, attempt)) + 1));
 			(void) StoreDelete(store, true);
-		}
 	}
 	return true;
 }

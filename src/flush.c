@@ -13,6 +13,14 @@
  * come, and if the process is killed there, the server starts anew and the
  * counters with it.  The table is locked against other flushes until then.
  *
+ * Rows are by node as well: which server and database has counted.  Where the
+ * table is replicated, by a subscription to all tables for one, the rows of both
+ * sides are in it, and one never adds to a row of the other, nor has the same
+ * key.  What stands for a node is the identifier of its cluster, its timeline,
+ * because a copy of a cluster has that identifier too and goes on with a timeline
+ * of its own, and its database, because databases of a cluster can subscribe to
+ * each other.  A server that was promoted goes on as another node.
+ *
  * A flush waits for the disk when it commits, so that a crash cannot undo it,
  * but not for a standby, which may not be there.
  *
@@ -24,10 +32,12 @@
 #include "idempotency.h"
 
 #include "access/xact.h"
+#include "access/xlog.h"
 #include "catalog/pg_type_d.h"
 #include "executor/spi.h"
 #include "flush.h"
 #include "metrics.h"
+#include "miscadmin.h"
 #include "owner.h"
 #include "storage/lmgr.h"
 #include "utils/builtins.h"
@@ -48,7 +58,7 @@ typedef struct MetricColumn
 	Oid			type;
 } MetricColumn;
 
-#define KEY_COLUMNS	2			/* bucket and action */
+#define KEY_COLUMNS	3			/* bucket, action and node */
 
 /* What this transaction flushes of the metrics of an action */
 typedef struct Flushed
@@ -62,11 +72,13 @@ static void flush_into(const char *schema);
 static bool read_delta(ActionMetrics *metrics, uint64 *delta);
 static SPIPlanPtr prepare_insert(const char *schema, const char *table);
 static void insert_row(SPIPlanPtr plan, const Flushed *flushed);
+static Datum get_node(void);
 static void delete_old(const char *table);
 
 static const MetricColumn columns[] = {
 	{"bucket", TIMESTAMPTZOID},
 	{"action", TEXTOID},
+	{"node", TEXTOID},
 	{"started", INT8OID},
 	{"replayed", INT8OID},
 	{"in_flight", INT8OID},
@@ -229,7 +241,7 @@ prepare_insert(const char *schema, const char *table)
 		types[i] = columns[i].type;
 		appendStringInfo(&query, "%s$%zu", i > 0 ? ", " : "", i + 1);
 	}
-	appendStringInfoString(&query, ") ON CONFLICT (bucket, action) DO UPDATE SET ");
+	appendStringInfoString(&query, ") ON CONFLICT (bucket, action, node) DO UPDATE SET ");
 	for (size_t i = KEY_COLUMNS; i < lengthof(columns); i++)
 	{
 		const char *name = columns[i].name;
@@ -263,6 +275,7 @@ insert_row(SPIPlanPtr plan, const Flushed *flushed)
 	*value++ = TimestampTzGetDatum(now - now % USECS_PER_MINUTE);
 	*value++ = PointerGetDatum(cstring_to_text_with_len((const char *) action + 1,
 														action[0]));
+	*value++ = get_node();
 	for (int i = 0; i < EVENT_CLASSES; i++)
 		*value++ = Int64GetDatum((int64) counts[i]);
 	*value++ = Float8GetDatum(counts[METRIC_RUN_TIME] / 1000.0);
@@ -275,7 +288,19 @@ insert_row(SPIPlanPtr plan, const Flushed *flushed)
 }
 
 /*
- * Delete rows that have been kept for long enough.
+ * The name of this node, a text: the head of this file says what is in it.
+ */
+static Datum
+get_node(void)
+{
+	return CStringGetTextDatum(psprintf(UINT64_FORMAT "/%u/%u",
+										GetSystemIdentifier(),
+										GetWALInsertionTimeLine(),
+										MyDatabaseId));
+}
+
+/*
+ * Delete rows that have been kept for long enough, whoever wrote them.
  */
 static void
 delete_old(const char *table)

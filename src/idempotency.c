@@ -15,6 +15,7 @@
 
 #include <limits.h>
 
+#include "access/parallel.h"
 #include "claim.h"
 #include "event.h"
 #include "flush.h"
@@ -41,6 +42,9 @@ PGDLLEXPORT void _PG_init(void);
 static List *find_client_settings(void);
 static void refuse_client_settings(List *names);
 static bool check_ttl(int *newval, void **extra, GucSource source);
+static bool check_lifetime(int *newval, void **extra, GucSource source);
+static bool may_be_out_of_range(GucSource source, const char *limit,
+								const char *bound, int secs);
 static bool check_lease(int *newval, void **extra, GucSource source);
 static void define_lifetime_settings(void);
 static void define_answer_settings(void);
@@ -49,6 +53,7 @@ static void define_server_settings(void);
 
 int			idempotency_ttl;
 int			idempotency_error_ttl;
+int			idempotency_min_ttl;
 int			idempotency_max_ttl;
 int			idempotency_lease;
 int			idempotency_wait;
@@ -175,23 +180,58 @@ refuse_client_settings(List *names)
 }
 
 /*
- * Refuse a lifetime above idempotency.max_ttl as soon as somebody asks for
- * it.
- *
- * A check hook cannot rely on the value of another setting while the
- * configuration file is being read, so what comes from there is checked when
- * it is used (see call.c), as is a max_ttl that is lowered later.
+ * Refuse a ttl that is not from idempotency.min_ttl to idempotency.max_ttl as
+ * soon as somebody asks for it.
  */
 static bool
 check_ttl(int *newval, void **extra, GucSource source)
 {
-	if (source >= PGC_S_INTERACTIVE && *newval > idempotency_max_ttl)
-	{
-		GUC_check_errdetail("The value must be at most \"idempotency.max_ttl\", %d s.",
-							idempotency_max_ttl);
+	if (*newval < idempotency_min_ttl &&
+		!may_be_out_of_range(source, "least", "idempotency.min_ttl",
+							 idempotency_min_ttl))
 		return false;
+	return check_lifetime(newval, extra, source);
+}
+
+/*
+ * Refuse a lifetime above idempotency.max_ttl as soon as somebody asks for
+ * it.
+ */
+static bool
+check_lifetime(int *newval, void **extra, GucSource source)
+{
+	return *newval <= idempotency_max_ttl ||
+		may_be_out_of_range(source, "most", "idempotency.max_ttl",
+							idempotency_max_ttl);
+}
+
+/*
+ * Whether a lifetime can be set although it is beyond a bound of now.
+ *
+ * What is used is checked when it is used (see call.c), because the bound may be
+ * changed later.  And a check hook cannot rely on the value of another setting
+ * while the configuration file is being read, or when a parallel worker takes
+ * over the settings of its leader.  Who sets it for a role or a database is only
+ * told, for it may not be the bound that will hold there.
+ */
+static bool
+may_be_out_of_range(GucSource source, const char *limit, const char *bound,
+					int secs)
+{
+	if (source < PGC_S_INTERACTIVE || InitializingParallelWorker)
+		return true;
+
+	if (source == PGC_S_TEST)
+	{
+		ereport(NOTICE,
+				(errmsg("value is out of range as long as \"%s\" is %d s",
+						bound, secs)));
+		return true;
 	}
-	return true;
+
+	GUC_check_errdetail("The value must be at %s \"%s\", %d s.",
+						limit, bound, secs);
+	return false;
 }
 
 /*
@@ -202,24 +242,31 @@ check_lease(int *newval, void **extra, GucSource source)
 {
 	int			secs = (int) (((int64) *newval + 999) / 1000);
 
-	return check_ttl(&secs, extra, source);
+	return check_lifetime(&secs, extra, source);
 }
 
 static void
 define_lifetime_settings(void)
 {
+	DefineCustomIntVariable("idempotency.min_ttl",
+							"Sets the shortest time that may be asked for to keep a completed answer.",
+							NULL,
+							&idempotency_min_ttl,
+							5 * 60, 1, 366 * 24 * 60 * 60,
+							PGC_SUSET, GUC_UNIT_S,
+							NULL, NULL, NULL);
 	DefineCustomIntVariable("idempotency.max_ttl",
 							"Sets the longest time that an answer may be kept.",
 							NULL,
 							&idempotency_max_ttl,
-							72 * 60 * 60, MIN_TTL_SECS, 366 * 24 * 60 * 60,
+							72 * 60 * 60, 1, 366 * 24 * 60 * 60,
 							PGC_SUSET, GUC_UNIT_S,
 							NULL, NULL, NULL);
 	DefineCustomIntVariable("idempotency.ttl",
 							"Sets how long a completed answer is kept for replay.",
-							"At most idempotency.max_ttl.",
+							"From idempotency.min_ttl to idempotency.max_ttl.",
 							&idempotency_ttl,
-							24 * 60 * 60, MIN_TTL_SECS, INT_MAX,
+							24 * 60 * 60, 1, INT_MAX,
 							PGC_USERSET, GUC_UNIT_S,
 							check_ttl, NULL, NULL);
 	DefineCustomIntVariable("idempotency.error_ttl",
@@ -228,7 +275,7 @@ define_lifetime_settings(void)
 							&idempotency_error_ttl,
 							60 * 60, 1, INT_MAX,
 							PGC_USERSET, GUC_UNIT_S,
-							check_ttl, NULL, NULL);
+							check_lifetime, NULL, NULL);
 	DefineCustomIntVariable("idempotency.lease",
 							"Sets for how long a checkpoint renews a lease.",
 							"At most idempotency.max_ttl.",

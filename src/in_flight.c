@@ -70,6 +70,7 @@ typedef struct InFlightState
 static Size in_flight_size(void);
 static void request_shmem(void);
 static void startup_shmem(void);
+static uint32 hash_locktag(const void *key, Size keysize);
 static LWLock *partition_lock(uint32 hash);
 static void lock_all_partitions(LWLockMode mode);
 static void unlock_all_partitions(void);
@@ -324,16 +325,27 @@ startup_shmem(void)
 
 	info.keysize = sizeof(LOCKTAG);
 	info.entrysize = sizeof(InFlightClaim);
+	info.hash = hash_locktag;
+	info.match = memcmp;
 	info.num_partitions = NUM_PARTITIONS;
 	claims = ShmemInitHash("idempotency claims in flight",
 						   idempotency_max_tracked_claims,
 						   idempotency_max_tracked_claims,
 						   &info,
-						   HASH_ELEM | HASH_BLOBS | HASH_PARTITION |
-						   HASH_FIXED_SIZE);
+						   HASH_ELEM | HASH_FUNCTION | HASH_COMPARE |
+						   HASH_PARTITION | HASH_FIXED_SIZE);
 	partitions = GetNamedLWLockTranche(TRANCHE_NAME);
 
 	LWLockRelease(AddinShmemInitLock);
+}
+
+/*
+ * A part of the tag that is a hash already.
+ */
+static uint32
+hash_locktag(const void *key, Size keysize)
+{
+	return ((const LOCKTAG *) key)->locktag_field2;
 }
 
 static LWLock *

@@ -14,10 +14,13 @@
 #include "datatype/timestamp.h"
 #include "fingerprint.h"
 #include "scope.h"
+#include "utils/uuid.h"
 
 /* What there is to know about a claim beside its scope */
 typedef struct ClaimFacts
 {
+	pg_uuid_t	claim;			/* of a leased claim; the right to it, and shown
+								 * to nobody but who began it */
 	int			attempt;
 	TimestampTz started_at;
 	TimestampTz lease_expires_at;	/* DT_NOEND for a transaction claim */

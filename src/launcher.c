@@ -11,7 +11,9 @@
  * Whether a database has the extension can only be seen from within.  So each
  * new one gets a worker, and where that finds none, the next one comes after
  * NO_EXTENSION_MS; or at once when somebody creates it anywhere, which a hook
- * tells us.
+ * tells us.  If that is done in a transaction that is prepared, no hook can tell
+ * what becomes of it, so each COMMIT PREPARED looks whether its database has the
+ * extension and has never been seen to.
  *
  * A sweep that fails has said why in the log.  The next one of that database
  * comes later and later, and meanwhile the others have their turns.  A worker
@@ -31,6 +33,7 @@
 #include "access/xact.h"
 #include "catalog/objectaccess.h"
 #include "catalog/pg_database.h"
+#include "clock.h"
 #include "metrics.h"
 #include "miscadmin.h"
 #include "nodes/pg_list.h"
@@ -41,8 +44,10 @@
 #include "storage/shmem.h"
 #include "store.h"
 #include "tcop/tcopprot.h"
+#include "tcop/utility.h"
 #include "utils/fmgroids.h"
 #include "utils/guc.h"
+#include "utils/inval.h"
 #include "utils/memutils.h"
 #include "utils/snapmgr.h"
 #include "utils/timestamp.h"
@@ -78,6 +83,11 @@ static void register_launcher(void);
 static void note_object(ObjectAccessType access, Oid classId, Oid objectId,
 						int subId, void *arg);
 static bool is_ours(Oid extension);
+static void run_utility(PlannedStmt *statement, const char *query,
+						bool read_only_tree, ProcessUtilityContext context,
+						ParamListInfo params, QueryEnvironment *environment,
+						DestReceiver *dest, QueryCompletion *completion);
+static void tell_launcher(void);
 static void at_end_of_xact(XactEvent event, void *arg);
 static void leave(int code, Datum arg);
 static void handle_signals(void);
@@ -101,6 +111,7 @@ static int64 get_delay(const Database *database);
 static shmem_request_hook_type prev_shmem_request_hook = NULL;
 static shmem_startup_hook_type prev_shmem_startup_hook = NULL;
 static object_access_hook_type prev_object_access_hook = NULL;
+static ProcessUtility_hook_type prev_process_utility_hook = NULL;
 
 /* in shared memory, null unless the library is preloaded */
 WorkerState *worker_shared = NULL;
@@ -127,6 +138,8 @@ LauncherInit(void)
 	shmem_startup_hook = startup_shmem;
 	prev_object_access_hook = object_access_hook;
 	object_access_hook = note_object;
+	prev_process_utility_hook = ProcessUtility_hook;
+	ProcessUtility_hook = run_utility;
 	RegisterXactCallback(at_end_of_xact, NULL);
 
 	register_launcher();
@@ -270,18 +283,56 @@ at_end_of_xact(XactEvent event, void *arg)
 		return;
 
 	if (event == XACT_EVENT_COMMIT)
-	{
-		Latch	   *launcher = worker_shared->launcher;
-
-		pg_atomic_fetch_add_u32(&worker_shared->created, 1);
-
-		/* should it be another process's by now, that will not mind */
-		if (launcher != NULL)
-			SetLatch(launcher);
-	}
+		tell_launcher();
 	if (event == XACT_EVENT_COMMIT || event == XACT_EVENT_ABORT ||
 		event == XACT_EVENT_PREPARE)
 		creates_extension = false;
+}
+
+/*
+ * ProcessUtility hook: tell the launcher of an extension that is there now
+ * because a prepared transaction was committed.
+ */
+static void
+run_utility(PlannedStmt *statement, const char *query, bool read_only_tree,
+			ProcessUtilityContext context, ParamListInfo params,
+			QueryEnvironment *environment, DestReceiver *dest,
+			QueryCompletion *completion)
+{
+	/* the statement may be freed by what it does */
+	bool		commits_prepared = IsA(statement->utilityStmt, TransactionStmt) &&
+		castNode(TransactionStmt, statement->utilityStmt)->kind ==
+		TRANS_STMT_COMMIT_PREPARED;
+
+	if (prev_process_utility_hook)
+		prev_process_utility_hook(statement, query, read_only_tree, context,
+								  params, environment, dest, completion);
+	else
+		standard_ProcessUtility(statement, query, read_only_tree, context,
+								params, environment, dest, completion);
+
+	if (commits_prepared && !WorkerStatusKnown())
+	{
+		/* we may have looked before, and remember that there was none */
+		AcceptInvalidationMessages();
+		if (OidIsValid(get_extension_oid(EXTENSION_NAME, true)))
+			tell_launcher();
+	}
+}
+
+/*
+ * Have the launcher look again where there was no extension.
+ */
+static void
+tell_launcher(void)
+{
+	Latch	   *launcher = worker_shared->launcher;
+
+	pg_atomic_fetch_add_u32(&worker_shared->created, 1);
+
+	/* should it be another process's by now, that will not mind */
+	if (launcher != NULL)
+		SetLatch(launcher);
 }
 
 /*
@@ -590,15 +641,14 @@ wait_for_worker(Oid database, BackgroundWorkerHandle *handle)
 static bool
 ends_within(BackgroundWorkerHandle *handle, int secs)
 {
-	TimestampTz until = GetCurrentTimestamp() + secs * USECS_PER_SEC;
+	int64		deadline = ClockMicros() + secs * USECS_PER_SEC;
 	pid_t		pid;
 
 	while (GetBackgroundWorkerPid(handle, &pid) != BGWH_STOPPED)
 	{
-		long		rest = TimestampDifferenceMilliseconds(GetCurrentTimestamp(),
-														   until);
+		long		rest = ClockRestMillis(deadline);
 
-		if (rest <= 0)
+		if (rest == 0)
 			return false;
 		(void) WaitLatch(MyLatch, WL_LATCH_SET | WL_TIMEOUT | WL_EXIT_ON_PM_DEATH,
 						 rest, WAIT_EVENT_BGWORKER_SHUTDOWN);

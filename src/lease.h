@@ -18,12 +18,15 @@ extern void LeaseInsert(Store *store, const Scope *scope,
 						const ClaimFacts *facts, int64 ttl);
 extern void LeaseTakeOver(Store *store, Record *record,
 						  const ClaimFacts *facts, int64 ttl);
-extern void LeaseFind(Store *store, Scope *scope, int attempt,
-					  Record *record);
+extern void LeaseFind(Store *store, const Scope *scope,
+					  const pg_uuid_t *claim, Record *record);
 extern void LeaseRenew(Record *record, TimestampTz lease_expires_at);
 extern void LeaseRelease(Store *store, Record *record);
-extern TimestampTz LeaseGetAnswerExpiry(const Record *record, TimestampTz now);
+extern int64 LeaseGetTtl(const Record *record);
+extern TimestampTz LeaseGetAnswerExpiry(const Record *record, TimestampTz now,
+										int64 ttl);
 extern bool LeaseIsOver(const Record *record);
+extern bool LeaseIsOf(const Record *record, const pg_uuid_t *claim);
 extern bool LeaseIsReleased(const Record *record);
 
 #endif							/* IDEMPOTENCY_LEASE_H */

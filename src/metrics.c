@@ -18,12 +18,15 @@
  * is kept beside them (see flush.c).  Both are saved to a file when the server
  * is shut down, and read back when it starts.  The file is removed before that,
  * so that after a crash nothing is counted twice; what was not flushed is lost.
+ * It ends with a checksum of all that is before, and a file that is not as it was
+ * written is not used at all.
  *
  *-------------------------------------------------------------------------
  */
 #include "idempotency.h"
 
 #include <math.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include "catalog/pg_control.h"
@@ -33,6 +36,7 @@
 #include "metrics.h"
 #include "miscadmin.h"
 #include "pgstat.h"
+#include "port/pg_crc32c.h"
 #include "storage/fd.h"
 #include "storage/ipc.h"
 #include "storage/lwlock.h"
@@ -43,7 +47,7 @@
 
 #define TRANCHE_NAME		"idempotency metrics"
 #define DUMP_FILE			PGSTAT_STAT_PERMANENT_DIRECTORY "/idempotency.stat"
-#define DUMP_MAGIC			0x1de30002
+#define DUMP_MAGIC			0x1de30003
 
 /* Entries that are set aside for the other actions of a database */
 #define OVERFLOW_ENTRIES	64
@@ -72,7 +76,15 @@ typedef struct MetricsState
 	pg_atomic_uint64 lost;		/* events that there was no entry for */
 } MetricsState;
 
-/* An entry in the file that is written at shutdown */
+/* The beginning of the file that is written at shutdown */
+typedef struct DumpHeader
+{
+	uint32		magic;
+	int32		count;			/* entries that follow */
+	TimestampTz since;
+} DumpHeader;
+
+/* An entry in it */
 typedef struct DumpedMetrics
 {
 	MetricsKey	key;
@@ -94,7 +106,10 @@ static void dump(int code, Datum arg);
 static bool is_shut_down(void);
 static void load(void);
 static bool write_dump(FILE *file);
+static bool write_part(FILE *file, const void *part, size_t size, pg_crc32c *crc);
 static bool read_dump(FILE *file);
+static bool read_part(FILE *file, void *part, size_t size, pg_crc32c *crc);
+static void load_entry(DumpedMetrics *dumped);
 
 PG_FUNCTION_INFO_V1(idempotency_stats);
 PG_FUNCTION_INFO_V1(idempotency_metrics_room);
@@ -113,6 +128,13 @@ static struct
 	uint64		hash;
 	ActionMetrics *metrics;
 }			recent[RECENT_ENTRIES];
+
+/* the last of them, which most questions are about */
+static struct
+{
+	ActionMetrics *metrics;
+	unsigned char action[SCOPE_PART_MAX + 1];
+}			latest;
 
 /*
  * Ask for shared memory while there is still time to.
@@ -147,8 +169,15 @@ MetricsEnabled(void)
 ActionMetrics *
 MetricsFind(const unsigned char *action)
 {
-	uint64		hash = hash_bytes_extended(action, 1 + action[0], 0);
-	int			slot = hash % RECENT_ENTRIES;
+	uint64		hash;
+	int			slot;
+
+	if (latest.metrics != NULL &&
+		memcmp(latest.action, action, 1 + action[0]) == 0)
+		return latest.metrics;
+
+	hash = hash_bytes_extended(action, 1 + action[0], 0);
+	slot = hash % RECENT_ENTRIES;
 
 	/* that another name has the same 64 bits need not worry us */
 	if (recent[slot].metrics == NULL || recent[slot].hash != hash)
@@ -156,7 +185,9 @@ MetricsFind(const unsigned char *action)
 		recent[slot].metrics = find_entry(action);
 		recent[slot].hash = hash;
 	}
-	return recent[slot].metrics;
+	latest.metrics = recent[slot].metrics;
+	memcpy(latest.action, action, 1 + action[0]);
+	return latest.metrics;
 }
 
 /*
@@ -622,17 +653,21 @@ load(void)
 static bool
 write_dump(FILE *file)
 {
-	uint32		magic = DUMP_MAGIC;
-	int32		count = (int32) hash_get_num_entries(entries);
+	DumpHeader	header = {
+		.magic = DUMP_MAGIC,
+		.count = (int32) hash_get_num_entries(entries),
+		.since = state->since,
+	};
 	HASH_SEQ_STATUS seq;
 	ActionMetrics *metrics;
 	DumpedMetrics dumped;
+	pg_crc32c	crc;
 
-	if (fwrite(&magic, sizeof(magic), 1, file) != 1 ||
-		fwrite(&state->since, sizeof(state->since), 1, file) != 1 ||
-		fwrite(&count, sizeof(count), 1, file) != 1)
+	INIT_CRC32C(crc);
+	if (!write_part(file, &header, sizeof(header), &crc))
 		return false;
 
+	memset(&dumped, 0, sizeof(dumped));
 	hash_seq_init(&seq, entries);
 	while ((metrics = hash_seq_search(&seq)) != NULL)
 	{
@@ -640,56 +675,104 @@ write_dump(FILE *file)
 		MetricsRead(metrics, dumped.values);
 		memcpy(dumped.flushed, metrics->flushed, sizeof(dumped.flushed));
 		dumped.reported = metrics->reported;
-		if (fwrite(&dumped, sizeof(dumped), 1, file) != 1)
+		if (!write_part(file, &dumped, sizeof(dumped), &crc))
 		{
 			hash_seq_term(&seq);
 			return false;
 		}
 	}
-	return true;
+
+	FIN_CRC32C(crc);
+	return fwrite(&crc, sizeof(crc), 1, file) == 1;
 }
 
 /*
- * Read all entries.  Returns false if the file is not one that we wrote.
- *
- * Entries that there is no room for any more are added to the other actions of
- * their database.
+ * Write a part of the file, and have the checksum include it.
+ */
+static bool
+write_part(FILE *file, const void *part, size_t size, pg_crc32c *crc)
+{
+	COMP_CRC32C(*crc, part, size);
+	return fwrite(part, size, 1, file) == 1;
+}
+
+/*
+ * Read all entries.  Returns false if the file is not one that we wrote, and has
+ * not changed anything then.
  */
 static bool
 read_dump(FILE *file)
 {
-	uint32		magic;
-	TimestampTz since;
-	int32		count;
-	DumpedMetrics dumped;
+	DumpHeader	header;
+	DumpedMetrics *dumped;
+	pg_crc32c	crc;
+	pg_crc32c	written;
+	struct stat status;
+	Size		size;
+	bool		valid;
 
-	if (fread(&magic, sizeof(magic), 1, file) != 1 || magic != DUMP_MAGIC ||
-		fread(&since, sizeof(since), 1, file) != 1 ||
-		fread(&count, sizeof(count), 1, file) != 1)
+	INIT_CRC32C(crc);
+	if (!read_part(file, &header, sizeof(header), &crc) ||
+		header.magic != DUMP_MAGIC || header.count < 0)
 		return false;
-	state->since = since;
 
-	for (int i = 0; i < count; i++)
+	/* until the checksum has been seen, the count may be anything */
+	size = (Size) header.count * sizeof(DumpedMetrics);
+	if (fstat(fileno(file), &status) != 0 ||
+		status.st_size != (off_t) (sizeof(header) + size + sizeof(written)))
+		return false;
+
+	dumped = palloc_extended(Max(size, 1), MCXT_ALLOC_HUGE);
+	valid = (header.count == 0 ||
+			 read_part(file, dumped, size, &crc)) &&
+		fread(&written, sizeof(written), 1, file) == 1;
+	FIN_CRC32C(crc);
+	valid = valid && EQ_CRC32C(crc, written);
+
+	if (valid)
 	{
-		ActionMetrics *metrics;
-
-		if (fread(&dumped, sizeof(dumped), 1, file) != 1)
-			return false;
-
-		metrics = enter(&dumped.key);
-		if (metrics == NULL)
-		{
-			memset(dumped.key.action, 0, sizeof(dumped.key.action));
-			metrics = enter(&dumped.key);
-		}
-		if (metrics == NULL)
-			continue;
-		metrics->reported = Max(metrics->reported, dumped.reported);
-		for (int j = 0; j < METRIC_VALUES; j++)
-		{
-			pg_atomic_fetch_add_u64(&metrics->values[j], dumped.values[j]);
-			metrics->flushed[j] += dumped.flushed[j];
-		}
+		state->since = header.since;
+		for (int i = 0; i < header.count; i++)
+			load_entry(&dumped[i]);
 	}
+	pfree(dumped);
+
+	return valid;
+}
+
+/*
+ * Read a part of the file, and have the checksum include it.
+ */
+static bool
+read_part(FILE *file, void *part, size_t size, pg_crc32c *crc)
+{
+	if (fread(part, size, 1, file) != 1)
+		return false;
+	COMP_CRC32C(*crc, part, size);
 	return true;
+}
+
+/*
+ * Add an entry of the file to those in shared memory.  One that there is no room
+ * for any more is added to the other actions of its database.
+ */
+static void
+load_entry(DumpedMetrics *dumped)
+{
+	ActionMetrics *metrics = enter(&dumped->key);
+
+	if (metrics == NULL)
+	{
+		memset(dumped->key.action, 0, sizeof(dumped->key.action));
+		metrics = enter(&dumped->key);
+	}
+	if (metrics == NULL)
+		return;
+
+	metrics->reported = Max(metrics->reported, dumped->reported);
+	for (int i = 0; i < METRIC_VALUES; i++)
+	{
+		pg_atomic_fetch_add_u64(&metrics->values[i], dumped->values[i]);
+		metrics->flushed[i] += dumped->flushed[i];
+	}
 }

@@ -22,17 +22,18 @@
 #define Anum_result_response		3
 #define Anum_result_headers			4
 #define Anum_result_body			5
-#define Anum_result_attempt			6
-#define Anum_result_recovery_point	7
-#define Anum_result_recovery_state	8
-#define Anum_result_retry_after		9
-#define Anum_result_created_at		10
-#define Anum_result_finished_at		11
-#define Anum_result_expires_at		12
+#define Anum_result_claim			6
+#define Anum_result_attempt			7
+#define Anum_result_recovery_point	8
+#define Anum_result_recovery_state	9
+#define Anum_result_retry_after		10
+#define Anum_result_created_at		11
+#define Anum_result_finished_at		12
+#define Anum_result_expires_at		13
 
 static const Oid result_types[Natts_result] = {
-	TEXTOID, INT4OID, JSONOID, JSONBOID, BYTEAOID, INT4OID, TEXTOID, JSONBOID,
-	INTERVALOID, TIMESTAMPTZOID, TIMESTAMPTZOID, TIMESTAMPTZOID
+	TEXTOID, INT4OID, JSONOID, JSONBOID, BYTEAOID, UUIDOID, INT4OID, TEXTOID,
+	JSONBOID, INT4OID, TIMESTAMPTZOID, TIMESTAMPTZOID, TIMESTAMPTZOID
 };
 
 static void init_row(ResultRow *row, const char *outcome);
@@ -53,6 +54,14 @@ ResultStarted(ResultRow *row, const ClaimFacts *facts, const Record *taken_over)
 	set_value(row, Anum_result_attempt, Int32GetDatum(facts->attempt));
 	set_value(row, Anum_result_created_at,
 			  TimestampTzGetDatum(facts->started_at));
+
+	if (claim_is_leased(facts))
+	{
+		pg_uuid_t  *claim = palloc_object(pg_uuid_t);
+
+		*claim = facts->claim;
+		set_value(row, Anum_result_claim, UUIDPGetDatum(claim));
+	}
 
 	if (taken_over != NULL)
 	{
@@ -100,17 +109,23 @@ ResultMismatched(ResultRow *row)
 }
 
 /*
- * Come again after retry_after microseconds.
+ * There is a claim on the request, and retry_after seconds are to pass before it
+ * is asked for again.  attempt and created_at are 0 where they are not known or
+ * not to be told, and so is record where there is no recovery point to tell.
  */
 void
-ResultInFlight(ResultRow *row, int64 retry_after)
+ResultPending(ResultRow *row, const char *outcome, int retry_after, int attempt,
+			  TimestampTz created_at, const Record *record)
 {
-	Interval   *interval = palloc0_object(Interval);
-
-	interval->time = retry_after;
-
-	init_row(row, "in_flight");
-	set_value(row, Anum_result_retry_after, IntervalPGetDatum(interval));
+	init_row(row, outcome);
+	set_value(row, Anum_result_retry_after, Int32GetDatum(retry_after));
+	if (attempt != 0)
+		set_value(row, Anum_result_attempt, Int32GetDatum(attempt));
+	if (created_at != 0)
+		set_value(row, Anum_result_created_at, TimestampTzGetDatum(created_at));
+	if (record != NULL)
+		copy_column(row, Anum_result_recovery_point,
+					record, Anum_idempotency_key_recovery_point);
 }
 
 /*
@@ -205,6 +220,10 @@ copy_column(ResultRow *row, int column, const Record *record, int record_column)
 	switch (result_types[column - 1])
 	{
 		case INT4OID:
+			break;
+		case UUIDOID:
+			/* the right to a claim is for who began it, not for who reads */
+			elog(ERROR, "claim id of a record is not to be shown");
 			break;
 		case TIMESTAMPTZOID:
 			value = TimestampTzGetDatum(DatumGetTimestampTz(value));

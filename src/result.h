@@ -17,7 +17,7 @@
 #include "store.h"
 
 /* Columns of idempotency_result */
-#define Natts_result				12
+#define Natts_result				13
 
 /* A row as its columns; a column is at [Anum - 1] */
 typedef struct ResultRow
@@ -31,7 +31,9 @@ extern void ResultStarted(ResultRow *row, const ClaimFacts *facts,
 extern void ResultAnswer(ResultRow *row, const char *outcome,
 						 const Record *record);
 extern void ResultMismatched(ResultRow *row);
-extern void ResultInFlight(ResultRow *row, int64 retry_after);
+extern void ResultPending(ResultRow *row, const char *outcome, int retry_after,
+						  int attempt, TimestampTz created_at,
+						  const Record *record);
 extern void ResultNone(ResultRow *row);
 extern bool ResultIsOf(const FuncExpr *call);
 extern Expr *ResultCallInto(const FuncExpr *call, ResultRow *row);

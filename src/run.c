@@ -1,7 +1,7 @@
 /*-------------------------------------------------------------------------
  *
  * run.c
- *	  run: begin, the work and finish in one call.
+ *	  run and try_run: begin, the work and finish in one call.
  *
  * The work is a function of the application, the handler.  It is called with
  * the rights of the caller, who therefore must have the right to call it, and
@@ -33,7 +33,7 @@
 #include "utils/syscache.h"
 #include "utils/typcache.h"
 
-/* Arguments of run */
+/* Arguments of run and try_run */
 enum
 {
 	RUN_TENANT,
@@ -52,23 +52,30 @@ enum
 	RESPONSE_STATUS_CODE,
 	RESPONSE_HEADERS,
 	RESPONSE_RESPONSE,
+	RESPONSE_BODY,
+	RESPONSE_TTL,
 	RESPONSE_COLUMNS
 };
 
 static const Oid response_types[RESPONSE_COLUMNS] = {
-	INT4OID, JSONBOID, JSONOID
+	INT4OID, JSONBOID, JSONOID, BYTEAOID, INTERVALOID
 };
 
 #define DEFAULT_STATUS	200
 
+static Datum run_request(FunctionCallInfo fcinfo, const char *function,
+						 bool raise);
 static Oid	check_handler(Oid handler);
 static void check_rights(Oid function, Oid namespace);
 static bool has_shape_of_handler(Form_pg_proc form);
 static void call_handler(Oid handler, Oid rettype, const NullableDatum *request,
 						 Answer *answer);
 static void read_response(Datum row, Answer *answer);
+static NullableDatum get_column(int column, const Datum *values,
+								const bool *nulls);
 
 PG_FUNCTION_INFO_V1(idempotency_run);
+PG_FUNCTION_INFO_V1(idempotency_try_run);
 
 /*
  * idempotency_run(tenant text, action text, key text, request jsonb,
@@ -82,12 +89,33 @@ PG_FUNCTION_INFO_V1(idempotency_run);
  * Errors: those of begin and finish; 22004 without a handler, 42883 when there
  * is none with that OID, 42809 for one of another shape, 42501 without the
  * right to call it, 39004 when it returns null, 39000 when it returns no valid
- * status, and its own.
+ * status or both a response and a body, and its own.
  */
 Datum
 idempotency_run(PG_FUNCTION_ARGS)
 {
-	Request		request;
+	return run_request(fcinfo, "idempotency_run()", true);
+}
+
+/*
+ * idempotency_try_run(the same) returns idempotency_result
+ *
+ * The same, but a mismatch and a request in flight are outcomes, not errors.
+ */
+Datum
+idempotency_try_run(PG_FUNCTION_ARGS)
+{
+	return run_request(fcinfo, "idempotency_try_run()", false);
+}
+
+/*
+ * Workhorse of run and try_run.
+ */
+static Datum
+run_request(FunctionCallInfo fcinfo, const char *function, bool raise)
+{
+	BeginCall	call;
+	Scope	   *scope = &call.request.scope;
 	Claim	   *claim;
 	Oid			rettype;
 	Answer		answer;
@@ -95,40 +123,36 @@ idempotency_run(PG_FUNCTION_ARGS)
 	StatusClass class;
 	ResultRow	row;
 
-	CallNeedsReadWrite("idempotency_run()");
-	ScopeFromArguments(&request.scope, fcinfo, RUN_ACTOR);
+	CallNeedsReadWrite(function);
+	ScopeFromArguments(scope, fcinfo, RUN_ACTOR);
 	if (PG_ARGISNULL(RUN_HANDLER))
 		ereport(ERROR,
 				(errcode(ERRCODE_NULL_VALUE_NOT_ALLOWED),
 				 errmsg("handler is missing")));
-	FingerprintFromRequest(&request.fingerprint, &fcinfo->args[RUN_REQUEST]);
-	request.ttl = CallReadTtl(fcinfo, RUN_TTL);
-	request.error_ttl = CallReadErrorTtl();
-	request.wait_ms = CallReadWait(fcinfo, RUN_WAIT);
-	request.lease = 0;
+	FingerprintFromRequest(&call.request.fingerprint, &fcinfo->args[RUN_REQUEST]);
+	call.ttl = CallReadTtl(&fcinfo->args[RUN_TTL]);
+	call.wait_ms = CallReadWait(&fcinfo->args[RUN_WAIT]);
+	call.lease = 0;
+	call.claim = NULL;
+	call.keep_leases = false;
 	rettype = check_handler(PG_GETARG_OID(RUN_HANDLER));
 
-	if (BeginRequest(&request, true, &row) == NULL)
+	if (BeginRequest(&call, raise, &row) == NULL)
 		return ResultReturn(fcinfo, &row);
 
 	call_handler(PG_GETARG_OID(RUN_HANDLER), rettype,
 				 &fcinfo->args[RUN_REQUEST], &answer);
 
 	/* the handler may have ended the claim itself */
-	claim = ClaimFindHeld(&request.scope);
+	claim = ClaimFindHeld(scope);
 	if (claim == NULL || claim_is_leased(&claim->facts))
 		ereport(ERROR,
-				(errcode(ERRCODE_IDEMPOTENCY_NO_CLAIM),
+				(errcode(ERRCODE_IDEMPOTENCY_OUT_OF_ORDER),
 				 errmsg("no such claim"),
 				 errdetail("The handler has ended the claim that it was called for.")));
-	class = FinishClaim(&request.scope, claim, &answer, &record);
-	if (class == STATUS_RELEASED)
-	{
-		RecordSetNull(&record, finished_at);
-		RecordSetNull(&record, expires_at);
-	}
+	class = FinishClaim(scope, claim, &answer, &record);
 
-	ResultAnswer(&row, StatusClassName(class), &record);
+	FinishedRow(&row, class, &record);
 	return ResultReturn(fcinfo, &row);
 }
 
@@ -227,6 +251,7 @@ call_handler(Oid handler, Oid rettype, const NullableDatum *request,
 	answer->status_code.isnull = false;
 	answer->headers.isnull = true;
 	answer->body.isnull = true;
+	answer->ttl.isnull = true;
 	answer->response.isnull = false;
 	if (rettype == JSONOID)
 		answer->response.value = result;
@@ -237,13 +262,7 @@ call_handler(Oid handler, Oid rettype, const NullableDatum *request,
 	else
 		read_response(result, answer);
 
-	if (!StatusIsValid(&answer->status_code))
-		ereport(ERROR,
-				(errcode(ERRCODE_EXTERNAL_ROUTINE_INVOCATION_EXCEPTION),
-				 errmsg("handler %s returned a status_code out of range",
-						format_procedure(handler)),
-				 errdetail("It must be an HTTP status, from %d to %d.",
-						   STATUS_MIN, STATUS_MAX)));
+	FinishCheckAnswer(answer, handler);
 }
 
 /*
@@ -265,10 +284,17 @@ read_response(Datum row, Answer *answer)
 	heap_deform_tuple(&tuple, desc, values, nulls);
 	ReleaseTupleDesc(desc);
 
-	answer->status_code.value = values[RESPONSE_STATUS_CODE];
-	answer->status_code.isnull = nulls[RESPONSE_STATUS_CODE];
-	answer->headers.value = values[RESPONSE_HEADERS];
-	answer->headers.isnull = nulls[RESPONSE_HEADERS];
-	answer->response.value = values[RESPONSE_RESPONSE];
-	answer->response.isnull = nulls[RESPONSE_RESPONSE];
+	answer->status_code = get_column(RESPONSE_STATUS_CODE, values, nulls);
+	answer->headers = get_column(RESPONSE_HEADERS, values, nulls);
+	answer->response = get_column(RESPONSE_RESPONSE, values, nulls);
+	answer->body = get_column(RESPONSE_BODY, values, nulls);
+	answer->ttl = get_column(RESPONSE_TTL, values, nulls);
+}
+
+static NullableDatum
+get_column(int column, const Datum *values, const bool *nulls)
+{
+	NullableDatum result = {.value = values[column], .isnull = nulls[column]};
+
+	return result;
 }

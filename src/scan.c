@@ -105,8 +105,8 @@ PG_FUNCTION_INFO_V1(idempotency_support);
 /*
  * idempotency_support(internal) returns internal
  *
- * Planner support for begin, try_begin, replay and run, as CREATE FUNCTION's
- * SUPPORT names it.  It has no answer to any request of the planner; but it
+ * Planner support for the calls that return an idempotency_result, as CREATE
+ * FUNCTION's SUPPORT names it.  It has no answer to any request of the planner; but it
  * marks the functions whose calls can be scanned, and to ask it makes the
  * planner load the library, before it looks for paths.
  */

@@ -11,24 +11,28 @@
  * A scope has a lock.  Its tag is made of the database and of 80 bits of hash
  * of the name; that is all that a LOCKTAG has room for.  Two scopes with the
  * same tag can keep each other waiting, but never make each other run twice,
- * because the unique index of the table decides (see store.c).  The lock type
- * is "userlock", which nothing in PostgreSQL uses any more, so that the
- * application's own advisory locks cannot meet ours.
+ * because the unique index of the table decides (see store.c).  The hash is
+ * SHA-256, because clients choose keys: for a hash that can be inverted, one
+ * could be made up with the tag of another tenant's request, to keep that
+ * waiting.  It has no secret, because a prepared transaction keeps its lock, and
+ * so its tag, when the server is restarted.  It is worked out only where the
+ * lock is needed; who finds an answer does without.
+ *
+ * The lock type is "userlock", which nothing in PostgreSQL uses any more, so
+ * that the application's own advisory locks cannot meet ours.
  *
  *-------------------------------------------------------------------------
  */
 #include "idempotency.h"
 
 #include "call.h"
-#include "common/hashfn.h"
 #include "miscadmin.h"
 #include "scope.h"
+#include "sha256.h"
 #include "utils/builtins.h"
 
-/* Any constant will do, as long as all servers agree on it */
-#define SECOND_HASH_SEED	UINT64CONST(0x6964656d706f7465)
-
-static Datum read_argument(FunctionCallInfo fcinfo, int argument);
+static text *read_argument(FunctionCallInfo fcinfo, int argument);
+static void append_part(Scope *scope, ScopePart part, text *value);
 static bool key_has_format(const char *data, int len, int format);
 static bool is_uuid(const char *data, int len);
 
@@ -39,38 +43,36 @@ static bool is_uuid(const char *data, int len);
  * the number of the fourth.  A null tenant is the global one, a null actor
  * is nobody in particular; both are stored as ''.
  *
- * Errors: ID001 for a missing key, ID002 for anything malformed, 42501 for a
- * tenant that the role is not pinned to.
+ * Errors: ID001 for a missing key, ID002 for a malformed one, 22004 for a null
+ * action, 22023 for anything else that is malformed, 42501 for a tenant that the
+ * role is not pinned to.
  */
 void
 ScopeFromArguments(Scope *scope, FunctionCallInfo fcinfo, int actor_argument)
 {
-	Datum		parts[SCOPE_PARTS];
 	text	   *part[SCOPE_PARTS];
 
-	parts[SCOPE_TENANT] = read_argument(fcinfo, 0);
-	parts[SCOPE_ACTION] = read_argument(fcinfo, 1);
-	parts[SCOPE_KEY] = read_argument(fcinfo, 2);
-	parts[SCOPE_ACTOR] = read_argument(fcinfo, actor_argument);
-
-	for (int i = 0; i < SCOPE_PARTS; i++)
-	{
-		part[i] = DatumGetTextPP(parts[i]);
-		parts[i] = PointerGetDatum(part[i]);
-	}
+	part[SCOPE_TENANT] = read_argument(fcinfo, 0);
+	part[SCOPE_ACTION] = read_argument(fcinfo, 1);
+	part[SCOPE_KEY] = read_argument(fcinfo, 2);
+	part[SCOPE_ACTOR] = read_argument(fcinfo, actor_argument);
 
 	ScopeCheckTenant(part[SCOPE_TENANT]);
 	if (VARSIZE_ANY_EXHDR(part[SCOPE_ACTION]) == 0)
 		ereport(ERROR,
-				(errcode(ERRCODE_IDEMPOTENCY_MALFORMED),
+				(errcode(PG_ARGISNULL(SCOPE_ACTION) ?
+						 ERRCODE_NULL_VALUE_NOT_ALLOWED :
+						 ERRCODE_INVALID_PARAMETER_VALUE),
 				 errmsg("action is missing"),
 				 errhint("Name the operation, for example \"orders.create\".")));
 	ScopeCheckName("action", part[SCOPE_ACTION]);
 	ScopeCheckKey(part[SCOPE_KEY]);
 	ScopeCheckName("actor", part[SCOPE_ACTOR]);
 
-	/* it fits, as was just checked */
-	(void) ScopeFromParts(scope, parts);
+	/* they fit, as was just checked */
+	scope->name.len = 0;
+	for (int i = 0; i < SCOPE_PARTS; i++)
+		append_part(scope, i, part[i]);
 }
 
 /*
@@ -82,24 +84,31 @@ ScopeFromArguments(Scope *scope, FunctionCallInfo fcinfo, int actor_argument)
 bool
 ScopeFromParts(Scope *scope, const Datum *parts)
 {
-	unsigned char *end = scope->name.data;
-
+	scope->name.len = 0;
 	for (int i = 0; i < SCOPE_PARTS; i++)
 	{
 		text	   *part = DatumGetTextPP(parts[i]);
-		int			len = VARSIZE_ANY_EXHDR(part);
 
-		if (len > SCOPE_PART_MAX)
+		if (VARSIZE_ANY_EXHDR(part) > SCOPE_PART_MAX)
 			return false;
-
-		scope->parts[i] = PointerGetDatum(part);
-		*end++ = (unsigned char) len;
-		memcpy(end, VARDATA_ANY(part), len);
-		end += len;
+		append_part(scope, i, part);
 	}
-	scope->name.len = end - scope->name.data;
-
 	return true;
+}
+
+/*
+ * Set the next part of a scope, which is not too long.
+ */
+static void
+append_part(Scope *scope, ScopePart part, text *value)
+{
+	unsigned char *end = scope->name.data + scope->name.len;
+	int			len = VARSIZE_ANY_EXHDR(value);
+
+	scope->parts[part] = PointerGetDatum(value);
+	*end = (unsigned char) len;
+	memcpy(end + 1, VARDATA_ANY(value), len);
+	scope->name.len += 1 + len;
 }
 
 /*
@@ -108,16 +117,17 @@ ScopeFromParts(Scope *scope, const Datum *parts)
 void
 ScopeSetLocktag(Scope *scope)
 {
-	const ScopeName *name = &scope->name;
-	uint64		first = hash_bytes_extended(name->data, name->len, 0);
-	uint64		second = hash_bytes_extended(name->data, name->len,
-											 SECOND_HASH_SEED);
 	LOCKTAG    *tag = &scope->locktag;
+	uint8		digest[PG_SHA256_DIGEST_LENGTH];
+
+	Sha256Start();
+	Sha256Add(scope->name.data, scope->name.len);
+	Sha256Finish(digest);
 
 	tag->locktag_field1 = MyDatabaseId;
-	tag->locktag_field2 = (uint32) first;
-	tag->locktag_field3 = (uint32) (first >> 32);
-	tag->locktag_field4 = (uint16) second;
+	memcpy(&tag->locktag_field2, digest, 4);
+	memcpy(&tag->locktag_field3, digest + 4, 4);
+	memcpy(&tag->locktag_field4, digest + 8, 2);
 	tag->locktag_type = LOCKTAG_USERLOCK;
 	tag->locktag_lockmethodid = USER_LOCKMETHOD;
 }
@@ -139,12 +149,16 @@ ScopeNamePart(const ScopeName *name, ScopePart part)
 /*
  * An argument as text, '' when it is null.
  */
-static Datum
+static text *
 read_argument(FunctionCallInfo fcinfo, int argument)
 {
-	if (PG_ARGISNULL(argument))
-		return PointerGetDatum(cstring_to_text_with_len("", 0));
-	return PG_GETARG_DATUM(argument);
+	static char empty[VARHDRSZ_SHORT];
+
+	if (!PG_ARGISNULL(argument))
+		return PG_GETARG_TEXT_PP(argument);
+
+	SET_VARSIZE_SHORT(empty, VARHDRSZ_SHORT);
+	return (text *) empty;
 }
 
 /*
@@ -171,6 +185,9 @@ ScopeCheckTenant(const text *tenant)
 /*
  * Refuse a part that does not fit, or that could forge a line of a log.
  *
+ * "what" is its name in the error, which is 22023: these are names that the
+ * service makes up.
+ *
  * The encodings that a server can have keep ASCII bytes for ASCII characters,
  * so that looking at bytes is enough.
  */
@@ -182,7 +199,7 @@ ScopeCheckName(const char *what, const text *name)
 
 	if (len > SCOPE_PART_MAX)
 		ereport(ERROR,
-				(errcode(ERRCODE_IDEMPOTENCY_MALFORMED),
+				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
 				 errmsg("%s is malformed", what),
 				 errdetail("Its length in bytes is %d, and at most %d is allowed.",
 						   len, SCOPE_PART_MAX)));
@@ -193,7 +210,7 @@ ScopeCheckName(const char *what, const text *name)
 
 		if (c < 0x20 || c == 0x7f)
 			ereport(ERROR,
-					(errcode(ERRCODE_IDEMPOTENCY_MALFORMED),
+					(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
 					 errmsg("%s is malformed", what),
 					 errdetail("It has a control character.")));
 	}
@@ -203,6 +220,7 @@ ScopeCheckName(const char *what, const text *name)
  * Refuse a key that is missing or does not have the form that is asked for.
  *
  * The error does not repeat the key: it is the client's, and may be anything.
+ * It is ID001 for none, ID002 for a malformed one.
  */
 void
 ScopeCheckKey(const text *key)

@@ -31,13 +31,18 @@
  * neighboring keys would fail each other.  That only one transaction at a
  * time works on a scope is known from its lock and from the unique index, so
  * the scan there reads all versions of a row (SnapshotAny) and picks the one
- * that is in the new snapshot. What is then left to check is that the record
- * is in the snapshot that the transaction's other reads had, and if it is
- * not, the transaction cannot be serialized.
+ * that is in the new snapshot. What is then left to check is that no version
+ * was committed that is not in the snapshot which the transaction's other reads
+ * had; if there is one, work was done that they do not show, and the transaction
+ * cannot be serialized.  That holds also when the record has expired, or was
+ * swept: as long as the transaction has its snapshot, vacuum leaves us the
+ * version to see.
  *
  * The unique index decides.  Whatever became of the lock, of two transactions
  * that insert a record for one scope the second waits in the index for the
- * first, and fails when that one commits.
+ * first, and fails when that one commits.  There may be more than one such
+ * index: while REINDEX CONCURRENTLY makes the primary key anew, the other one
+ * finds duplicates as well, and so does one that it left behind.
  *
  *-------------------------------------------------------------------------
  */
@@ -51,6 +56,7 @@
 #include "catalog/pg_am_d.h"
 #include "catalog/pg_collation_d.h"
 #include "catalog/pg_enum.h"
+#include "catalog/pg_subscription_rel.h"
 #include "catalog/pg_type_d.h"
 #include "storage/lmgr.h"
 #include "store.h"
@@ -99,10 +105,12 @@ static void check_shape(Relation rel, Oid state_type);
 static void refuse_shape(Relation rel);
 static void check_primary_key(Relation rel);
 static Oid	find_expiry_index(Relation rel);
-static void refuse_triggers(Relation rel);
+static void check_writable(Relation rel);
+static const StoreCatalog *get_catalog(void);
 static Snapshot push_lookup_snapshot(Store *store);
 static bool fetch_next(Store *store, IndexScanDesc scan);
 static bool is_in_snapshot(Store *store, IndexScanDesc scan);
+static bool is_too_new(Store *store);
 static bool next_expired_entry(Store *store);
 static void open_index(Store *store, Oid index);
 static void open_slot(Store *store);
@@ -113,8 +121,10 @@ static void close_writer(Store *store);
 static void fill_writer(Store *store, const Record *record);
 static bool insert_speculatively(Store *store, List *arbiters);
 static void insert_index_entries(StoreWriter *writer);
-static bool violates_primary_key(const ErrorData *edata,
-								 const ResultRelInfo *target);
+static bool violates_scope(const ErrorData *edata,
+						   const ResultRelInfo *target);
+static bool is_scope_index(Relation index);
+static List *get_scope_indexes(const ResultRelInfo *target);
 
 static const StoreColumn columns[Natts_idempotency_key] = {
 	{"tenant", TEXTOID},
@@ -127,6 +137,7 @@ static const StoreColumn columns[Natts_idempotency_key] = {
 	{"headers", JSONBOID},
 	{"response", JSONOID},
 	{"body", BYTEAOID},
+	{"claim", UUIDOID},
 	{"attempt", INT4OID},
 	{"recovery_point", TEXTOID},
 	{"recovery_state", JSONBOID},
@@ -172,7 +183,7 @@ StoreTable(void)
  *
  * The lock is kept to the end of the transaction, as a statement would keep
  * it.  Errors: 55000 when the table is not the one that this library
- * was made for, 0A000 when it has triggers or rules.
+ * was made for, 0A000 when it has triggers or rules or is a partition.
  */
 void
 StoreOpen(Store *store, LOCKMODE lockmode)
@@ -192,13 +203,16 @@ StoreOpen(Store *store, LOCKMODE lockmode)
 		rel = look_up_catalog(lockmode);
 
 	if (lockmode >= RowExclusiveLock)
-		refuse_triggers(rel);
+		check_writable(rel);
 
 	store->rel = rel;
 	store->lockmode = lockmode;
+	memcpy(store->states, catalog.states, sizeof(store->states));
 	store->index = NULL;
 	store->slot = NULL;
 	store->writer = NULL;
+	store->changed = false;
+	store->too_new = false;
 }
 
 /*
@@ -211,6 +225,8 @@ StoreClose(Store *store)
 {
 	if (store->writer != NULL)
 		close_writer(store);
+	if (store->changed)
+		CommandCounterIncrement();
 	if (store->slot != NULL)
 		ExecDropSingleTupleTableSlot(store->slot);
 	if (store->index != NULL)
@@ -266,23 +282,57 @@ StoreIsCurrent(const Store *store)
 }
 
 /*
- * Fail if a serializable transaction was shown a row, the one found last, that
- * its own snapshot does not have.
+ * Fail if the last lookup of a serializable transaction met a version of the
+ * record that was committed, but not in the snapshot of the transaction; it does
+ * not matter whether that is the row that was found, or whether any was.
  *
  * Errors: 40001.
  */
 void
 StoreCheckSerializable(Store *store)
 {
-	if (!IsolationIsSerializable() ||
-		table_tuple_satisfies_snapshot(store->rel, store->slot,
-									   GetTransactionSnapshot()))
+	if (!store->too_new)
 		return;
 
 	ereport(ERROR,
 			(errcode(ERRCODE_T_R_SERIALIZATION_FAILURE),
 			 errmsg("could not serialize access due to concurrent work on the same request"),
 			 errhint("Retry the transaction.")));
+}
+
+/*
+ * Fail if a row could not be updated, or deleted, because of how the table is
+ * published, while there is still nothing to lose.
+ *
+ * Errors: 55000 without a replica identity, 42P10 when the filter of a
+ * publication has columns that are not in it.
+ */
+void
+StoreCheckPublished(Store *store, CmdType command)
+{
+	CheckCmdReplicaIdentity(store->rel, command);
+}
+
+/*
+ * Whether a subscription of this database writes to the table, enabled or not.
+ */
+bool
+StoreIsSubscribed(Store *store)
+{
+	Relation	rel = table_open(SubscriptionRelRelationId, AccessShareLock);
+	ScanKeyData key;
+	SysScanDesc scan;
+	bool		found;
+
+	ScanKeyInit(&key, Anum_pg_subscription_rel_srrelid, BTEqualStrategyNumber,
+				F_OIDEQ, ObjectIdGetDatum(RelationGetRelid(store->rel)));
+	scan = systable_beginscan(rel, SubscriptionRelSrrelidSrsubidIndexId, true,
+							  NULL, 1, &key);
+	found = HeapTupleIsValid(systable_getnext(scan));
+	systable_endscan(scan);
+	table_close(rel, AccessShareLock);
+
+	return found;
 }
 
 /*
@@ -346,7 +396,7 @@ bool
 StoreInsertUnlessFound(Store *store, const Record *record, Record *found)
 {
 	StoreWriter *writer;
-	List	   *arbiters = list_make1_oid(RelationGetPrimaryKeyIndex(store->rel, false));
+	List	   *arbiters;
 	ItemPointerData conflict;
 	ItemPointerData none;
 	bool		inserted = false;
@@ -354,6 +404,7 @@ StoreInsertUnlessFound(Store *store, const Record *record, Record *found)
 	open_writer(store, true);
 	fill_writer(store, record);
 	writer = store->writer;
+	arbiters = get_scope_indexes(writer->target);
 
 	ItemPointerSetInvalid(&none);
 	while (!inserted &&
@@ -370,6 +421,7 @@ StoreInsertUnlessFound(Store *store, const Record *record, Record *found)
 	if (!table_tuple_fetch_row_version(store->rel, &conflict, SnapshotAny,
 									   store->slot))
 		elog(ERROR, "failed to fetch conflicting idempotency record");
+	store->too_new = is_too_new(store);
 	get_record(store, found);
 	return false;
 }
@@ -377,7 +429,7 @@ StoreInsertUnlessFound(Store *store, const Record *record, Record *found)
 /*
  * Change the row that was found last, and is locked, to a record.
  *
- * Errors: 55000 when the table is published without a replica identity.
+ * Errors: those of StoreCheckPublished.
  */
 void
 StoreUpdate(Store *store, const Record *record)
@@ -385,7 +437,7 @@ StoreUpdate(Store *store, const Record *record)
 	StoreWriter *writer;
 	TU_UpdateIndexes update_indexes;
 
-	CheckCmdReplicaIdentity(store->rel, CMD_UPDATE);
+	StoreCheckPublished(store, CMD_UPDATE);
 	open_writer(store, false);
 	fill_writer(store, record);
 	writer = store->writer;
@@ -402,8 +454,7 @@ StoreUpdate(Store *store, const Record *record)
  * Delete the row that was found last.
  *
  * Returns false when somebody else deleted it first or, unless we may wait,
- * has it locked.  Errors: 55000 when the table is published without a replica
- * identity.
+ * has it locked.  Errors: those of StoreCheckPublished.
  */
 bool
 StoreDelete(Store *store, bool wait)
@@ -411,11 +462,12 @@ StoreDelete(Store *store, bool wait)
 	TM_FailureData failure;
 	TM_Result	result;
 
-	CheckCmdReplicaIdentity(store->rel, CMD_DELETE);
+	StoreCheckPublished(store, CMD_DELETE);
 	result = table_tuple_delete(store->rel, &store->slot->tts_tid,
 								GetCurrentCommandId(true),
 								InvalidSnapshot, InvalidSnapshot,
 								wait, &failure, false);
+	store->changed |= (result == TM_Ok);
 	return result == TM_Ok;
 }
 
@@ -498,37 +550,12 @@ RecordInit(Record *record, const Scope *scope)
 }
 
 /*
- * The state of a record.
- */
-RecordState
-RecordGetState(const Record *record)
-{
-	Oid			state = DatumGetObjectId(RecordValue(record, state));
-
-	for (int i = 0; i < RECORD_STATES; i++)
-	{
-		if (catalog.states[i] == state)
-			return i;
-	}
-	elog(ERROR, "unrecognized state of idempotency record: %u", state);
-}
-
-/*
- * Give a record a state.
- */
-void
-RecordSetState(Record *record, RecordState state)
-{
-	RecordSet(record, state, ObjectIdGetDatum(catalog.states[state]));
-}
-
-/*
  * The row type that calls return.
  */
 Oid
 StoreResultType(void)
 {
-	return catalog.result_type;
+	return get_catalog()->result_type;
 }
 
 /*
@@ -537,6 +564,16 @@ StoreResultType(void)
 Oid
 StoreResponseType(void)
 {
+	return get_catalog()->response_type;
+}
+
+/*
+ * What the catalogs say of the extension that is there now, which need not be
+ * the one that was there when the caller began.
+ */
+static const StoreCatalog *
+get_catalog(void)
+{
 	if (!catalog.valid)
 	{
 		Store		store;
@@ -544,7 +581,7 @@ StoreResponseType(void)
 		StoreOpen(&store, AccessShareLock);
 		StoreClose(&store);
 	}
-	return catalog.response_type;
+	return &catalog;
 }
 
 /*
@@ -685,9 +722,7 @@ check_primary_key(Relation rel)
 	{
 		Relation	index = index_open(oid, AccessShareLock);
 
-		matches = index->rd_index->indnkeyatts == SCOPE_PARTS;
-		for (int i = 0; matches && i < SCOPE_PARTS; i++)
-			matches = index->rd_index->indkey.values[i] <= SCOPE_PARTS;
+		matches = is_scope_index(index);
 		index_close(index, AccessShareLock);
 	}
 
@@ -737,11 +772,19 @@ find_expiry_index(Relation rel)
 
 /*
  * Refuse a table whose changes should have consequences that only the
- * executor would see to.
+ * executor would see to, or whose rows must be what it would check.
  */
 static void
-refuse_triggers(Relation rel)
+check_writable(Relation rel)
 {
+	if (rel->rd_rel->relispartition)
+		ereport(ERROR,
+				(errcode(ERRCODE_FEATURE_NOT_SUPPORTED),
+				 errmsg("table \"%s\" must not be a partition",
+						RelationGetRelationName(rel)),
+				 errdetail("Records are written to it directly, whatever its bounds are."),
+				 errhint("Use ALTER TABLE ... DETACH PARTITION.")));
+
 	if (rel->trigdesc == NULL && rel->rd_rules == NULL)
 		return;
 
@@ -778,10 +821,35 @@ fetch_next(Store *store, IndexScanDesc scan)
 {
 	while (index_getnext_slot(scan, ForwardScanDirection, store->slot))
 	{
+		store->too_new |= is_too_new(store);
 		if (is_in_snapshot(store, scan))
 			return true;
 	}
 	return false;
+}
+
+/*
+ * Whether the row in the slot, in whatever version, was committed by another
+ * transaction that the snapshot of this serializable one does not have.
+ */
+static bool
+is_too_new(Store *store)
+{
+	Snapshot	snapshot;
+	TransactionId xmin;
+
+	if (!IsolationIsSerializable())
+		return false;
+	snapshot = GetTransactionSnapshot();
+	if (table_tuple_satisfies_snapshot(store->rel, store->slot, snapshot))
+		return false;
+
+	/* it may also be too old, or have been rolled back */
+	xmin = HeapTupleHeaderGetXmin(ExecFetchSlotHeapTuple(store->slot, false, NULL)->t_data);
+	return TransactionIdIsNormal(xmin) &&
+		!TransactionIdIsCurrentTransactionId(xmin) &&
+		XidInMVCCSnapshot(xmin, snapshot) &&
+		TransactionIdDidCommit(xmin);
 }
 
 /*
@@ -873,6 +941,7 @@ fetch_row(Store *store, const Scope *scope)
 							   scope->parts[column - 1]);
 	}
 
+	store->too_new = false;
 	scan = index_beginscan(store->rel, store->index,
 						   push_lookup_snapshot(store), NULL, SCOPE_PARTS, 0);
 	index_rescan(scan, keys, SCOPE_PARTS, NULL, 0);
@@ -889,9 +958,20 @@ fetch_row(Store *store, const Scope *scope)
 static void
 get_record(Store *store, Record *record)
 {
+	Oid			label;
+	RecordState state = 0;
+
 	slot_getallattrs(store->slot);
 	memcpy(record->values, store->slot->tts_values, sizeof(record->values));
 	memcpy(record->nulls, store->slot->tts_isnull, sizeof(record->nulls));
+
+	label = DatumGetObjectId(RecordValue(record, state));
+	while (store->states[state] != label)
+	{
+		if (++state == RECORD_STATES)
+			elog(ERROR, "unrecognized state of idempotency record: %u", label);
+	}
+	RecordSetState(record, state);
 }
 
 /*
@@ -917,15 +997,20 @@ open_writer(Store *store, bool speculative)
 	store->writer = writer;
 }
 
+/*
+ * Let go of what it takes to write, but for the locks: those of the indexes are
+ * kept to the end of the transaction, like that of the table.
+ */
 static void
 close_writer(Store *store)
 {
 	StoreWriter *writer = store->writer;
+	ResultRelInfo *target = writer->target;
 
 	ExecDropSingleTupleTableSlot(writer->slot);
-	ExecCloseIndices(writer->target);
+	for (int i = 0; i < target->ri_NumIndices; i++)
+		index_close(target->ri_IndexRelationDescs[i], NoLock);
 	FreeExecutorState(writer->estate);
-	CommandCounterIncrement();
 }
 
 /*
@@ -937,6 +1022,7 @@ fill_writer(Store *store, const Record *record)
 	StoreWriter *writer = store->writer;
 	TupleTableSlot *slot = writer->slot;
 
+	store->changed = true;
 	ResetPerTupleExprContext(writer->estate);
 	ExecClearTuple(slot);
 	slot->tts_tableOid = RelationGetRelid(store->rel);
@@ -944,6 +1030,8 @@ fill_writer(Store *store, const Record *record)
 		   slot->tts_tupleDescriptor->natts * sizeof(bool));
 	memcpy(slot->tts_values, record->values, sizeof(record->values));
 	memcpy(slot->tts_isnull, record->nulls, sizeof(record->nulls));
+	slot->tts_values[Anum_idempotency_key_state - 1] =
+		ObjectIdGetDatum(store->states[RecordGetState(record)]);
 	ExecStoreVirtualTuple(slot);
 
 	if (store->rel->rd_att->constr)
@@ -977,8 +1065,8 @@ insert_speculatively(Store *store, List *arbiters)
 }
 
 /*
- * Put a row into the indexes, and say what it means when the primary key has
- * an entry for its scope already.
+ * Put a row into the indexes, and say what it means when one of them has an
+ * entry for its scope already.
  */
 static void
 insert_index_entries(StoreWriter *writer)
@@ -996,12 +1084,12 @@ insert_index_entries(StoreWriter *writer)
 
 		MemoryContextSwitchTo(oldcontext);
 		edata = CopyErrorData();
-		if (!violates_primary_key(edata, writer->target))
+		if (!violates_scope(edata, writer->target))
 			PG_RE_THROW();
 
 		FlushErrorState();
 		ereport(ERROR,
-				(errcode(ERRCODE_IDEMPOTENCY_NO_CLAIM),
+				(errcode(ERRCODE_IDEMPOTENCY_CLAIM_LOST),
 				 errmsg("claim was lost to another transaction"),
 				 errdetail("A record for the same request was committed meanwhile."),
 				 errhint("Roll back and call idempotency_begin again: it replays the stored answer.")));
@@ -1009,13 +1097,19 @@ insert_index_entries(StoreWriter *writer)
 	PG_END_TRY();
 }
 
+/*
+ * Whether an error says that there is a row for the scope already.
+ *
+ * It may have been raised by anybody's function in an index or a constraint, so
+ * that any part of it may be missing.
+ */
 static bool
-violates_primary_key(const ErrorData *edata, const ResultRelInfo *target)
+violates_scope(const ErrorData *edata, const ResultRelInfo *target)
 {
 	Relation	rel = target->ri_RelationDesc;
 
 	if (edata->sqlerrcode != ERRCODE_UNIQUE_VIOLATION ||
-		edata->constraint_name == NULL ||
+		edata->table_name == NULL || edata->constraint_name == NULL ||
 		strcmp(edata->table_name, RelationGetRelationName(rel)) != 0)
 		return false;
 
@@ -1023,9 +1117,55 @@ violates_primary_key(const ErrorData *edata, const ResultRelInfo *target)
 	{
 		Relation	index = target->ri_IndexRelationDescs[i];
 
-		if (index->rd_index->indisprimary &&
+		if (is_scope_index(index) &&
 			strcmp(RelationGetRelationName(index), edata->constraint_name) == 0)
 			return true;
 	}
 	return false;
+}
+
+/*
+ * Whether an index keeps a scope from having two rows: the primary key, or what
+ * REINDEX CONCURRENTLY is making in its place, or has left there.
+ */
+static bool
+is_scope_index(Relation index)
+{
+	Form_pg_index form = index->rd_index;
+	bool		seen[SCOPE_PARTS] = {false};
+
+	if (!form->indisunique || !form->indimmediate || !form->indisready ||
+		form->indnkeyatts != SCOPE_PARTS ||
+		!heap_attisnull(index->rd_indextuple, Anum_pg_index_indpred, NULL))
+		return false;
+
+	for (int i = 0; i < SCOPE_PARTS; i++)
+	{
+		AttrNumber	column = form->indkey.values[i];
+
+		/* an expression has column 0 */
+		if (column < 1 || column > SCOPE_PARTS || seen[column - 1] ||
+			index->rd_indcollation[i] != C_COLLATION_OID)
+			return false;
+		seen[column - 1] = true;
+	}
+	return true;
+}
+
+/*
+ * The OIDs of these indexes.
+ */
+static List *
+get_scope_indexes(const ResultRelInfo *target)
+{
+	List	   *result = NIL;
+
+	for (int i = 0; i < target->ri_NumIndices; i++)
+	{
+		Relation	index = target->ri_IndexRelationDescs[i];
+
+		if (is_scope_index(index))
+			result = lappend_oid(result, RelationGetRelid(index));
+	}
+	return result;
 }

@@ -13,6 +13,7 @@
 #include "access/genam.h"
 #include "datatype/timestamp.h"
 #include "executor/tuptable.h"
+#include "nodes/nodes.h"
 #include "scope.h"
 #include "utils/relcache.h"
 
@@ -27,15 +28,16 @@
 #define Anum_idempotency_key_headers			8
 #define Anum_idempotency_key_response			9
 #define Anum_idempotency_key_body				10
-#define Anum_idempotency_key_attempt			11
-#define Anum_idempotency_key_recovery_point		12
-#define Anum_idempotency_key_recovery_state		13
-#define Anum_idempotency_key_lease_expires_at	14
-#define Anum_idempotency_key_created_at			15
-#define Anum_idempotency_key_finished_at		16
-#define Anum_idempotency_key_expires_at			17
-#define Anum_idempotency_key_ttl				18
-#define Natts_idempotency_key					18
+#define Anum_idempotency_key_claim				11
+#define Anum_idempotency_key_attempt			12
+#define Anum_idempotency_key_recovery_point		13
+#define Anum_idempotency_key_recovery_state		14
+#define Anum_idempotency_key_lease_expires_at	15
+#define Anum_idempotency_key_created_at			16
+#define Anum_idempotency_key_finished_at		17
+#define Anum_idempotency_key_expires_at			18
+#define Anum_idempotency_key_ttl				19
+#define Natts_idempotency_key					19
 
 /* Labels of idempotency_state */
 typedef enum RecordState
@@ -55,7 +57,13 @@ typedef enum RecordLife
 	RECORD_LIVE
 } RecordLife;
 
-/* A record as the columns of its row; a column is at [Anum - 1] */
+/*
+ * A record as the columns of its row; a column is at [Anum - 1].
+ *
+ * The state is a RecordState, and becomes a value of the enum only in the row
+ * that is written: who keeps a record while the table may be replaced (a handler
+ * can do that) has nothing in it that belongs to the old one.
+ */
 typedef struct Record
 {
 	Datum		values[Natts_idempotency_key];
@@ -95,14 +103,30 @@ typedef struct Store
 {
 	Relation	rel;
 	LOCKMODE	lockmode;
+	Oid			states[RECORD_STATES];	/* labels of its enum */
 	Relation	index;			/* to look up by; null before the first lookup */
 	TupleTableSlot *slot;		/* the row that was found last, if any */
-	struct StoreWriter *writer; /* null before the first write */
+	struct StoreWriter *writer; /* null before the first insert or update */
+	bool		changed;		/* something was written */
 	uint64		snapshot_count; /* of the last lookup, see StoreIsCurrent() */
+	bool		too_new;		/* see StoreCheckSerializable() */
 	IndexScanDesc expired;		/* while expired records are being read */
 	StorePosition *position;	/* of the last of them */
 	int			entries;		/* of the index, that may still be read */
 } Store;
+
+/* The state of a record */
+static inline RecordState
+RecordGetState(const Record *record)
+{
+	return (RecordState) DatumGetInt32(RecordValue(record, state));
+}
+
+static inline void
+RecordSetState(Record *record, RecordState state)
+{
+	RecordSet(record, state, Int32GetDatum(state));
+}
 
 extern void StoreInit(void);
 extern Oid	StoreTable(void);
@@ -113,6 +137,8 @@ extern RecordLife StoreFind(Store *store, const Scope *scope, TimestampTz now,
 extern void StoreForget(Store *store);
 extern bool StoreIsCurrent(const Store *store);
 extern void StoreCheckSerializable(Store *store);
+extern void StoreCheckPublished(Store *store, CmdType command);
+extern bool StoreIsSubscribed(Store *store);
 extern RowLock StoreLock(Store *store, bool wait, Record *record);
 extern void StoreInsert(Store *store, const Record *record);
 extern bool StoreInsertUnlessFound(Store *store, const Record *record,
@@ -126,8 +152,6 @@ extern bool StoreNextExpired(Store *store, Record *record);
 extern void StoreEndExpired(Store *store);
 
 extern void RecordInit(Record *record, const Scope *scope);
-extern RecordState RecordGetState(const Record *record);
-extern void RecordSetState(Record *record, RecordState state);
 
 extern Oid	StoreResultType(void);
 extern Oid	StoreResponseType(void);

@@ -18,6 +18,12 @@
  * not vacuumed are not looked at again for each batch.  Where many records
  * expire at once, only their index entries are read again.
  *
+ * Where the table is written by a subscription, the publisher sweeps, and its
+ * deletions arrive here.  One that finds nothing is a conflict, which newer
+ * servers log; and by the clock of the publisher a record may have some time left
+ * yet, and be changed.  So a sweep here leaves the records alone for SUBSCRIBER_SECS
+ * after their time, and does only what has not been done by then.
+ *
  * Losing the last batches in a crash costs nothing, so commits do not wait
  * for the disk, or for a standby.
  *
@@ -25,13 +31,12 @@
  */
 #include "idempotency.h"
 
-#include "access/htup_details.h"
 #include "access/xact.h"
 #include "call.h"
+#include "clock.h"
 #include "event.h"
 #include "executor/spi.h"
 #include "flush.h"
-#include "funcapi.h"
 #include "metrics.h"
 #include "miscadmin.h"
 #include "nodes/parsenodes.h"
@@ -48,30 +53,31 @@
 /* So many rows that cannot be deleted, or were already, may be in a batch */
 #define MAX_PASSED_OVER	10000
 
+/* So long a subscriber leaves expired records to the publisher */
+#define SUBSCRIBER_SECS	300
+
 /* Arguments of sweep */
 enum
 {
 	SWEEP_BATCH_SIZE,
-	SWEEP_MAX_DURATION,
-	SWEEP_SWEPT
+	SWEEP_MAX_DURATION
 };
 
+static void refuse_atomic(FunctionCallInfo fcinfo);
 static void read_arguments(Sweep *sweep, FunctionCallInfo fcinfo);
 static void commit_lazily(void);
 static bool is_claimed(const Record *record);
-static Datum make_swept(FunctionCallInfo fcinfo, int64 swept);
 
 PG_FUNCTION_INFO_V1(idempotency_sweep);
 
 /*
- * CALL idempotency_sweep(batch_size int, max_duration interval,
- *						  INOUT swept bigint)
+ * CALL idempotency_sweep(batch_size int, max_duration interval)
  *
- * Delete expired records, and say how many.  Where there is a background
- * worker to do that, it flushes metrics too, and so does this.
+ * Delete expired records.  Where there is a background worker to do that, it
+ * flushes metrics too, and so does this.
  *
- * Errors: 2D000 inside a transaction block, 22023 for arguments out of range,
- * 25006 in a read-only transaction, and those of StoreOpen and StoreDelete.
+ * Errors: 2D000 where it cannot commit, 22023 for arguments out of range, 25006
+ * in a read-only transaction, and those of StoreOpen and StoreDelete.
  */
 Datum
 idempotency_sweep(PG_FUNCTION_ARGS)
@@ -79,19 +85,12 @@ idempotency_sweep(PG_FUNCTION_ARGS)
 	Sweep		sweep;
 	bool		more = true;
 
-	if (!IsA(fcinfo->context, CallContext) ||
-		castNode(CallContext, fcinfo->context)->atomic)
-		ereport(ERROR,
-				(errcode(ERRCODE_INVALID_TRANSACTION_TERMINATION),
-				 errmsg("%s cannot be called inside a transaction block",
-						"idempotency_sweep()"),
-				 errdetail("It commits after each batch.")));
-
+	refuse_atomic(fcinfo);
 	PreventCommandIfReadOnly("idempotency_sweep()");
 	read_arguments(&sweep, fcinfo);
 
 	SPI_connect_ext(SPI_OPT_NONATOMIC);
-	while (more && GetCurrentTimestamp() < sweep.deadline)
+	while (more && ClockMicros() < sweep.deadline)
 	{
 		commit_lazily();
 		more = SweepBatch(&sweep);
@@ -106,7 +105,28 @@ idempotency_sweep(PG_FUNCTION_ARGS)
 	}
 	SPI_finish();
 
-	return make_swept(fcinfo, sweep.swept);
+	PG_RETURN_VOID();
+}
+
+/*
+ * Refuse to run where a procedure cannot commit.
+ *
+ * A procedure that has a SET clause or is SECURITY DEFINER is such a place, and
+ * whatever it calls, also outside of a transaction block.
+ */
+static void
+refuse_atomic(FunctionCallInfo fcinfo)
+{
+	if (fcinfo->context != NULL && IsA(fcinfo->context, CallContext) &&
+		!castNode(CallContext, fcinfo->context)->atomic)
+		return;
+
+	ereport(ERROR,
+			(errcode(ERRCODE_INVALID_TRANSACTION_TERMINATION),
+			 errmsg("%s cannot be called where it cannot commit",
+					"idempotency_sweep()"),
+			 errdetail("It commits after each batch."),
+			 errhint("Call it outside of transaction blocks and functions, and of procedures with SET or SECURITY DEFINER.")));
 }
 
 static void
@@ -154,9 +174,10 @@ SweepStart(Sweep *sweep, int batch_size, int64 duration)
 	sweep->batch_size = batch_size;
 	sweep->position.expires_at = DT_NOBEGIN;
 	ItemPointerSet(&sweep->position.tid, 0, InvalidOffsetNumber);
-	sweep->until = GetCurrentTimestamp();
-	sweep->deadline = duration < DT_NOEND - sweep->until ?
-		sweep->until + duration : DT_NOEND;
+	sweep->started_at = GetCurrentTimestamp();
+	sweep->started = ClockMicros();
+	sweep->deadline = duration < PG_INT64_MAX - sweep->started ?
+		sweep->started + duration : PG_INT64_MAX;
 	sweep->swept = 0;
 }
 
@@ -173,10 +194,13 @@ SweepBatch(Sweep *sweep)
 	MemoryContext oldcontext = CurrentMemoryContext;
 	Store		store;
 	Record		record;
+	TimestampTz until = sweep->started_at;
 	int			deleted = 0;
 
 	StoreOpen(&store, RowExclusiveLock);
-	StoreBeginExpired(&store, &sweep->position, sweep->until,
+	if (StoreIsSubscribed(&store))
+		until -= SUBSCRIBER_SECS * USECS_PER_SEC;
+	StoreBeginExpired(&store, &sweep->position, until,
 					  sweep->batch_size + MAX_PASSED_OVER);
 	while (deleted < sweep->batch_size && StoreNextExpired(&store, &record))
 	{
@@ -217,20 +241,4 @@ is_claimed(const Record *record)
 	(void) GetLockConflicts(&scope.locktag, ExclusiveLock, &holders);
 
 	return holders > 0;
-}
-
-/*
- * The row that CALL shows.
- */
-static Datum
-make_swept(FunctionCallInfo fcinfo, int64 swept)
-{
-	TupleDesc	desc;
-	Datum		values[1] = {Int64GetDatum(swept)};
-	bool		nulls[1] = {false};
-
-	if (get_call_result_type(fcinfo, NULL, &desc) != TYPEFUNC_COMPOSITE)
-		elog(ERROR, "return type must be a row type");
-
-	return HeapTupleGetDatum(heap_form_tuple(desc, values, nulls));
 }

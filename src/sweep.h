@@ -18,8 +18,9 @@ typedef struct Sweep
 {
 	int			batch_size;		/* rows to delete in one transaction */
 	StorePosition position;		/* where the last batch ended */
-	TimestampTz until;			/* records that expire later are left alone */
-	TimestampTz deadline;		/* no batch starts after this */
+	TimestampTz started_at;		/* records that expire later are left alone */
+	int64		started;		/* the same by ClockMicros() */
+	int64		deadline;		/* no batch starts after this, by the same */
 	int64		swept;			/* rows deleted so far */
 } Sweep;
 

@@ -24,6 +24,7 @@
 #include "idempotency.h"
 
 #include "access/xact.h"
+#include "common/hashfn.h"
 #include "miscadmin.h"
 #include "storage/condition_variable.h"
 #include "storage/ipc.h"
@@ -152,12 +153,12 @@ startup_shmem(void)
 }
 
 /*
- * The channel of a scope, whose lock tag must be set.
+ * The channel of a scope.
  */
 static int
 get_channel(const Scope *scope)
 {
-	return scope->locktag.locktag_field2 % NUM_CHANNELS;
+	return hash_bytes(scope->name.data, scope->name.len) % NUM_CHANNELS;
 }
 
 /*

@@ -25,6 +25,7 @@
 
 #include "access/xact.h"
 #include "catalog/pg_database.h"
+#include "clock.h"
 #include "commands/dbcommands.h"
 #include "flush.h"
 #include "miscadmin.h"
@@ -59,9 +60,9 @@ static void work(int tasks);
 static void report(WorkerResult result);
 static WorkerResult sweep_database(void);
 static WorkerResult measure_database(void);
-static WorkerResult work_until(TimestampTz deadline, const char *activity,
+static WorkerResult work_until(int64 deadline, const char *activity,
 							   Batch batch, void *state);
-static bool may_go_on(TimestampTz deadline);
+static bool may_go_on(int64 deadline);
 static bool run_batch(const char *activity, Batch batch, void *state,
 					  WorkerResult *result);
 static bool lock_table(Oid extension, Oid *table);
@@ -221,7 +222,7 @@ sweep_database(void)
 static WorkerResult
 measure_database(void)
 {
-	TimestampTz deadline = GetCurrentTimestamp() + WATCH_SECS * USECS_PER_SEC;
+	int64		deadline = ClockMicros() + WATCH_SECS * USECS_PER_SEC;
 	WorkerResult result;
 	Watch		watch;
 
@@ -237,7 +238,7 @@ measure_database(void)
  * Do some work in batches until it is done, or it is time to give way.
  */
 static WorkerResult
-work_until(TimestampTz deadline, const char *activity, Batch batch, void *state)
+work_until(int64 deadline, const char *activity, Batch batch, void *state)
 {
 	WorkerResult result = WORKER_INTERRUPTED;
 
@@ -252,13 +253,13 @@ work_until(TimestampTz deadline, const char *activity, Batch batch, void *state)
  * Who wants us to end gets that here without an error in the log.
  */
 static bool
-may_go_on(TimestampTz deadline)
+may_go_on(int64 deadline)
 {
 	if (ProcDiePending || ConfigReloadPending)
 		return false;
 	CHECK_FOR_INTERRUPTS();
 
-	return WorkerMayUse(MyDatabaseId) && GetCurrentTimestamp() < deadline;
+	return WorkerMayUse(MyDatabaseId) && ClockMicros() < deadline;
 }
 
 /*

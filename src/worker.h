@@ -30,7 +30,7 @@ typedef enum WorkerResult
 typedef struct WorkerState
 {
 	Latch	   *launcher;		/* to wake it; null while it does not run */
-	pg_atomic_uint32 created;	/* extensions created since the server started */
+	pg_atomic_uint32 created;	/* extensions that came since the server started */
 	bool		out_of_slots;	/* the last worker could not be started */
 	pg_atomic_uint64 report;	/* of the worker under way, see WorkerReport() */
 } WorkerState;

@@ -18,6 +18,7 @@
 
 #include "access/htup_details.h"
 #include "access/xlog.h"
+#include "clock.h"
 #include "funcapi.h"
 #include "mb/pg_wchar.h"
 #include "miscadmin.h"
@@ -104,14 +105,14 @@ WorkerStatusSwept(const Sweep *sweep, bool behind)
 
 	status->last_sweep_at = GetCurrentTimestamp();
 	status->swept = sweep->swept;
-	status->duration = Max(status->last_sweep_at - sweep->until, 0);
+	status->duration = ClockMicros() - sweep->started;
 	status->behind = behind;
 	status->failures = 0;
 	LWLockRelease(lock);
 }
 
 /*
- * Note that a worker failed.
+ * Note that a worker failed.  An error need not have a message.
  */
 void
 WorkerStatusFailed(const char *message)
@@ -121,6 +122,8 @@ WorkerStatusFailed(const char *message)
 
 	if (status == NULL)
 		return;
+	if (message == NULL)
+		message = "missing error text";
 
 	length = pg_mbcliplen(message, strlen(message), MAX_ERROR_LENGTH);
 	memcpy(status->last_error, message, length);
@@ -178,6 +181,17 @@ WorkerStatusDatabases(void)
 	LWLockRelease(lock);
 
 	return result;
+}
+
+/*
+ * Whether there is an entry of this database.
+ */
+bool
+WorkerStatusKnown(void)
+{
+	WorkerStatus status;
+
+	return copy_own_status(&status);
 }
 
 /*

@@ -20,6 +20,7 @@ extern void WorkerStatusFailed(const char *message);
 extern void WorkerStatusSetWatch(const Watch *watch);
 extern bool WorkerStatusGetWatch(Watch *watch);
 extern List *WorkerStatusDatabases(void);
+extern bool WorkerStatusKnown(void);
 extern void WorkerStatusForget(Oid database);
 
 #endif							/* IDEMPOTENCY_WORKER_STATUS_H */
