@@ -563,7 +563,7 @@ COMMENT ON COLUMN idempotency_metric.bucket IS
 COMMENT ON COLUMN idempotency_metric.action IS
 'the operation, or '''' for all those that found no room of their own';
 COMMENT ON COLUMN idempotency_metric.node IS
-'who has counted: identifier of the cluster, its timeline, and OID of the database';
+'who has counted: identifier of the cluster, start of its server in microseconds, and OID of the database';
 COMMENT ON COLUMN idempotency_metric.started IS
 'requests whose work was begun';
 COMMENT ON COLUMN idempotency_metric.replayed IS
@@ -809,9 +809,12 @@ CREATE VIEW @extschema@.idempotency_health AS
                    'leases that ran out and wait for a repeat: ' || l.stalled
                    || '; see idempotency_stalled'
                END,
-               CASE WHEN k.relreplident = 'n' AND EXISTS (
-                       SELECT FROM pg_publication AS p
-                       WHERE (p.pubupdate OR p.pubdelete)
+               CASE WHEN EXISTS (
+                       SELECT FROM pg_class AS k, pg_publication AS p
+                       WHERE k.oid IN ('@extschema@.idempotency_key'::regclass,
+                                       '@extschema@.idempotency_metric'::regclass)
+                         AND k.relreplident = 'n'
+                         AND (p.pubupdate OR p.pubdelete)
                          AND (p.puballtables
                               OR EXISTS (
                                   SELECT FROM pg_publication_rel
@@ -819,11 +822,10 @@ CREATE VIEW @extschema@.idempotency_health AS
                               OR EXISTS (
                                   SELECT FROM pg_publication_namespace
                                   WHERE pnpubid = p.oid AND pnnspid = k.relnamespace))) THEN
-                   'records are published without a replica identity: they cannot be updated, replaced or swept'
+                   'records or metrics are published without a replica identity: they cannot be updated, replaced or deleted'
                END
            ], NULL) AS warnings
     FROM pg_extension AS e
-    JOIN pg_class AS k ON k.oid = '@extschema@.idempotency_key'::regclass
     CROSS JOIN @extschema@.idempotency_worker_status() AS w
     CROSS JOIN @extschema@.idempotency_tracking() AS t
     CROSS JOIN @extschema@.idempotency_metrics_room() AS m

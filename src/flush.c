@@ -16,10 +16,9 @@
  * Rows are by node as well: which server and database has counted.  Where the
  * table is replicated, by a subscription to all tables for one, the rows of both
  * sides are in it, and one never adds to a row of the other, nor has the same
- * key.  What stands for a node is the identifier of its cluster, its timeline,
- * because a copy of a cluster has that identifier too and goes on with a timeline
- * of its own, and its database, because databases of a cluster can subscribe to
- * each other.  A server that was promoted goes on as another node.
+ * key.  What stands for a node is the identifier of its cluster; when its server
+ * was started, because a copy of a cluster has the same identifier; and its
+ * database, because databases of a cluster can subscribe to each other.
  *
  * A flush waits for the disk when it commits, so that a crash cannot undo it,
  * but not for a standby, which may not be there.
@@ -293,28 +292,33 @@ insert_row(SPIPlanPtr plan, const Flushed *flushed)
 static Datum
 get_node(void)
 {
-	return CStringGetTextDatum(psprintf(UINT64_FORMAT "/%u/%u",
-										GetSystemIdentifier(),
-										GetWALInsertionTimeLine(),
+	return CStringGetTextDatum(psprintf(UINT64_FORMAT "/" INT64_FORMAT "/%u",
+										GetSystemIdentifier(), PgStartTime,
 										MyDatabaseId));
 }
 
 /*
- * Delete rows that have been kept for long enough, whoever wrote them.
+ * Delete rows that have been kept for long enough.  Those of another node are
+ * kept a little longer, because where they are replicated from they are deleted
+ * as well.
  */
 static void
 delete_old(const char *table)
 {
-	Oid			types[1] = {TIMESTAMPTZOID};
-	Datum		values[1];
+	Oid			types[] = {TIMESTAMPTZOID, TEXTOID};
+	Datum		values[lengthof(types)];
 	char	   *query;
 
 	query = psprintf("DELETE FROM %s WHERE ctid = ANY (ARRAY("
-					 "SELECT ctid FROM %s WHERE bucket < $1 LIMIT " MAX_DELETED "))",
+					 "SELECT ctid FROM %s WHERE bucket < $1"
+					 " AND (node = $2 OR bucket < $1 - INTERVAL '1 hour')"
+					 " LIMIT " MAX_DELETED "))",
 					 table, table);
 
 	values[0] = TimestampTzGetDatum(GetCurrentTimestamp() -
 									(int64) idempotency_metrics_retention * USECS_PER_SEC);
-	if (SPI_execute_with_args(query, 1, types, values, NULL, false, 0) != SPI_OK_DELETE)
+	values[1] = get_node();
+	if (SPI_execute_with_args(query, lengthof(types), types, values, NULL,
+							  false, 0) != SPI_OK_DELETE)
 		elog(ERROR, "could not delete metrics");
 }

@@ -21,8 +21,10 @@
  * Where the table is written by a subscription, the publisher sweeps, and its
  * deletions arrive here.  One that finds nothing is a conflict, which newer
  * servers log; and by the clock of the publisher a record may have some time left
- * yet, and be changed.  So a sweep here leaves the records alone for SUBSCRIBER_SECS
- * after their time, and does only what has not been done by then.
+ * yet, and be changed.  So a sweep here leaves the records alone for
+ * SUBSCRIBER_SECS after their time, and does only what has not been done by then.
+ * Those of leases it leaves alone altogether: their time may have been prolonged
+ * without our knowing yet, and an update that finds no row is lost.
  *
  * Losing the last batches in a crash costs nothing, so commits do not wait
  * for the disk, or for a standby.
@@ -195,16 +197,21 @@ SweepBatch(Sweep *sweep)
 	Store		store;
 	Record		record;
 	TimestampTz until = sweep->started_at;
+	bool		subscribed;
 	int			deleted = 0;
 
 	StoreOpen(&store, RowExclusiveLock);
-	if (StoreIsSubscribed(&store))
+	subscribed = StoreIsSubscribed(&store);
+	if (subscribed)
 		until -= SUBSCRIBER_SECS * USECS_PER_SEC;
 	StoreBeginExpired(&store, &sweep->position, until,
 					  sweep->batch_size + MAX_PASSED_OVER);
 	while (deleted < sweep->batch_size && StoreNextExpired(&store, &record))
 	{
 		CHECK_FOR_INTERRUPTS();
+
+		if (subscribed && RecordGetState(&record) == RECORD_PENDING)
+			continue;
 
 		MemoryContextSwitchTo(row_context);
 		if (!is_claimed(&record) && StoreDelete(&store, false))
