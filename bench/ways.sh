@@ -178,7 +178,7 @@ first_calls() {
 		functions) echo "select rival_begin($scope);" ;;
 		claim) echo "select outcome, status_code, response from idempotency_begin($scope);" ;;
 		lease)
-			echo "select outcome, attempt from idempotency_begin($scope, lease => '1min');"
+			echo "select outcome, claim from idempotency_begin($scope, lease => '1min') \\gset"
 			printf 'commit;\nbegin;\n' ;;
 	esac
 }
@@ -192,7 +192,7 @@ last_calls() {
 			echo "update rival set state = 'completed', status_code = 201, response = '$answer' where (tenant, action, key) = ($scope);" ;;
 		functions) echo "select rival_finish($scope, 201, '$answer');" ;;
 		claim) echo "select idempotency_finish($scope, 201, '$answer');" ;;
-		lease) echo "select idempotency_finish($scope, 201, '$answer', attempt => 1);" ;;
+		lease) echo "select idempotency_finish($scope, 201, '$answer', claim => :claim);" ;;
 	esac
 }
 

@@ -225,6 +225,16 @@ MetricsHold(ActionMetrics *metrics, int change)
 }
 
 /*
+ * Whether a transaction may hold a claim now; one that is prepared does not
+ * count.
+ */
+bool
+MetricsMayBeHeld(ActionMetrics *metrics)
+{
+	return metrics == NULL || pg_atomic_read_u32(&metrics->held) > 0;
+}
+
+/*
  * Start to count the leases of all actions.
  */
 void

@@ -67,6 +67,7 @@ extern void MetricsCount(ActionMetrics *metrics, EventClass class, uint64 count)
 extern void MetricsTime(ActionMetrics *metrics, int sum, int histogram,
 						int64 usecs);
 extern void MetricsHold(ActionMetrics *metrics, int change);
+extern bool MetricsMayBeHeld(ActionMetrics *metrics);
 extern void MetricsForgetLeases(void);
 extern void MetricsCountLease(ActionMetrics *metrics, bool stalled);
 extern void MetricsPublishLeases(TimestampTz until);

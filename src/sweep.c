@@ -234,7 +234,8 @@ SweepBatch(Sweep *sweep)
  * Whether somebody holds the lock of the record's scope.
  *
  * Looking does not take the lock, not even for a moment, so that no request
- * is told that another one is in flight because of a sweep.
+ * is told that another one is in flight because of a sweep.  If no claim is held
+ * on the action, there is no need to work out what lock it would be.
  */
 static bool
 is_claimed(const Record *record)
@@ -244,6 +245,10 @@ is_claimed(const Record *record)
 
 	if (!ScopeFromParts(&scope, record->values))
 		return false;
+	if (MetricsEnabled() &&
+		!MetricsMayBeHeld(MetricsFind(ScopeNameAction(&scope.name))))
+		return false;
+
 	ScopeSetLocktag(&scope);
 	(void) GetLockConflicts(&scope.locktag, ExclusiveLock, &holders);
 

@@ -19,6 +19,8 @@ our @EXPORT = qw(
   wait_for_restart
   wait_for_end_of
   run_out
+  claim_of
+  count_swept
   complaints_of
   $count_userlocks
   $tracked
@@ -221,6 +223,27 @@ sub run_out
 		'UPDATE idempotency_key SET lease_expires_at = clock_timestamp()'
 		  . " WHERE key = '$key' AND state = 'pending'");
 	return;
+}
+
+# The claim id that a test brings for an attempt, so that it knows it.
+sub claim_of
+{
+	my ($attempt) = @_;
+
+	return sprintf('00000000-0000-0000-0000-%012d', $attempt);
+}
+
+# Sweep a database, and count the records that went.
+sub count_swept
+{
+	my ($node, $dbname) = @_;
+
+	my ($before, $after) = split /\n/, $node->safe_psql(
+		$dbname // 'postgres', q{
+		SELECT count(*) FROM idempotency_key;
+		CALL idempotency_sweep();
+		SELECT count(*) FROM idempotency_key});
+	return $before - $after;
 }
 
 1;

@@ -68,7 +68,8 @@ SELECT set_eq(
     'SELECT proname::text FROM member_function',
     ARRAY['idempotency_begin', 'idempotency_try_begin', 'idempotency_finish',
           'idempotency_replay', 'idempotency_release',
-          'idempotency_checkpoint', 'idempotency_run',
+          'idempotency_store', 'idempotency_forget',
+          'idempotency_checkpoint', 'idempotency_run', 'idempotency_try_run',
           'idempotency_first_seen', 'idempotency_request_hash',
           'idempotency_event_key', 'idempotency_sweep',
           'idempotency_schedule', 'idempotency_unschedule',
@@ -125,6 +126,7 @@ SELECT results_eq(
              ('headers', 'jsonb', false, NULL),
              ('response', 'json', false, NULL),
              ('body', 'bytea', false, NULL),
+             ('claim', 'uuid', false, NULL),
              ('attempt', 'integer', true, NULL),
              ('recovery_point', 'text', false, NULL),
              ('recovery_state', 'jsonb', false, NULL),
@@ -195,7 +197,7 @@ SELECT is_empty(
             (NOT attnotnull OR atthasdef OR attisdropped OR attidentity <> '')$$,
     'no column of idempotency_metric can be null, has a default or was dropped');
 SELECT col_is_pk(
-    :'schema', 'idempotency_metric', ARRAY['bucket', 'action'],
+    :'schema', 'idempotency_metric', ARRAY['bucket', 'action', 'node'],
     'primary key of idempotency_metric');
 SELECT is_empty(
     $$SELECT conname FROM pg_constraint
@@ -216,10 +218,11 @@ SELECT results_eq(
              ('response', 'json'),
              ('headers', 'jsonb'),
              ('body', 'bytea'),
+             ('claim', 'uuid'),
              ('attempt', 'integer'),
              ('recovery_point', 'text'),
              ('recovery_state', 'jsonb'),
-             ('retry_after', 'interval'),
+             ('retry_after', 'integer'),
              ('created_at', 'timestamp with time zone'),
              ('finished_at', 'timestamp with time zone'),
              ('expires_at', 'timestamp with time zone')$$,
@@ -229,7 +232,9 @@ SELECT results_eq(
       FROM member_column WHERE relname = 'idempotency_response' ORDER BY attnum$$,
     $$VALUES ('status_code', 'integer'),
              ('headers', 'jsonb'),
-             ('response', 'json')$$,
+             ('response', 'json'),
+             ('body', 'bytea'),
+             ('ttl', 'interval')$$,
     'columns of idempotency_response');
 SELECT results_eq(
     $$SELECT attname::text COLLATE "default", format_type(atttypid, atttypmod)
@@ -291,6 +296,7 @@ SELECT results_eq(
       FROM member_column WHERE relname = 'idempotency_metric' ORDER BY attnum$$,
     $$VALUES ('bucket', 'timestamp with time zone'),
              ('action', 'text'),
+             ('node', 'text'),
              ('started', 'bigint'),
              ('replayed', 'bigint'),
              ('in_flight', 'bigint'),
@@ -351,24 +357,33 @@ SELECT set_eq(
       FROM member_function$$,
     $$VALUES
       ('idempotency_begin',
-       'tenant text, action text, key text, request jsonb DEFAULT NULL::jsonb, actor text DEFAULT NULL::text, ttl interval DEFAULT NULL::interval, wait interval DEFAULT NULL::interval, lease interval DEFAULT NULL::interval, request_hash bytea DEFAULT NULL::bytea',
+       'tenant text, action text, key text, request jsonb DEFAULT NULL::jsonb, actor text DEFAULT NULL::text, ttl interval DEFAULT NULL::interval, wait interval DEFAULT NULL::interval, lease interval DEFAULT NULL::interval, request_hash bytea DEFAULT NULL::bytea, claim uuid DEFAULT NULL::uuid',
        'idempotency_result', 'f', 'v', false, 'u'),
       ('idempotency_try_begin',
-       'tenant text, action text, key text, request jsonb DEFAULT NULL::jsonb, actor text DEFAULT NULL::text, ttl interval DEFAULT NULL::interval, wait interval DEFAULT NULL::interval, lease interval DEFAULT NULL::interval, request_hash bytea DEFAULT NULL::bytea',
+       'tenant text, action text, key text, request jsonb DEFAULT NULL::jsonb, actor text DEFAULT NULL::text, ttl interval DEFAULT NULL::interval, wait interval DEFAULT NULL::interval, lease interval DEFAULT NULL::interval, request_hash bytea DEFAULT NULL::bytea, claim uuid DEFAULT NULL::uuid',
        'idempotency_result', 'f', 'v', false, 'u'),
       ('idempotency_finish',
-       'tenant text, action text, key text, status_code integer DEFAULT 200, response json DEFAULT NULL::json, headers jsonb DEFAULT NULL::jsonb, actor text DEFAULT NULL::text, attempt integer DEFAULT NULL::integer, body bytea DEFAULT NULL::bytea',
+       'tenant text, action text, key text, status_code integer DEFAULT 200, response json DEFAULT NULL::json, headers jsonb DEFAULT NULL::jsonb, actor text DEFAULT NULL::text, claim uuid DEFAULT NULL::uuid, body bytea DEFAULT NULL::bytea, ttl interval DEFAULT NULL::interval',
        'text', 'f', 'v', false, 'u'),
       ('idempotency_replay',
        'tenant text, action text, key text, request jsonb DEFAULT NULL::jsonb, actor text DEFAULT NULL::text, request_hash bytea DEFAULT NULL::bytea',
        'idempotency_result', 'f', 'v', false, 'u'),
       ('idempotency_release',
-       'tenant text, action text, key text, actor text DEFAULT NULL::text, attempt integer DEFAULT NULL::integer',
+       'tenant text, action text, key text, actor text DEFAULT NULL::text, claim uuid DEFAULT NULL::uuid',
+       'boolean', 'f', 'v', false, 'u'),
+      ('idempotency_store',
+       'tenant text, action text, key text, request jsonb, status_code integer, response json DEFAULT NULL::json, headers jsonb DEFAULT NULL::jsonb, actor text DEFAULT NULL::text, body bytea DEFAULT NULL::bytea, ttl interval DEFAULT NULL::interval, request_hash bytea DEFAULT NULL::bytea',
+       'idempotency_result', 'f', 'v', false, 'u'),
+      ('idempotency_forget',
+       'tenant text, action text, key text, actor text DEFAULT NULL::text',
        'boolean', 'f', 'v', false, 'u'),
       ('idempotency_checkpoint',
-       'tenant text, action text, key text, attempt integer, recovery_point text, recovery_state jsonb DEFAULT NULL::jsonb, lease interval DEFAULT NULL::interval, actor text DEFAULT NULL::text',
+       'tenant text, action text, key text, claim uuid, recovery_point text, recovery_state jsonb DEFAULT NULL::jsonb, lease interval DEFAULT NULL::interval, actor text DEFAULT NULL::text',
        'timestamp with time zone', 'f', 'v', false, 'u'),
       ('idempotency_run',
+       'tenant text, action text, key text, request jsonb, handler regprocedure, actor text DEFAULT NULL::text, ttl interval DEFAULT NULL::interval, wait interval DEFAULT NULL::interval',
+       'idempotency_result', 'f', 'v', false, 'u'),
+      ('idempotency_try_run',
        'tenant text, action text, key text, request jsonb, handler regprocedure, actor text DEFAULT NULL::text, ttl interval DEFAULT NULL::interval, wait interval DEFAULT NULL::interval',
        'idempotency_result', 'f', 'v', false, 'u'),
       ('idempotency_first_seen',
@@ -381,7 +396,7 @@ SELECT set_eq(
        'event_type text, aggregate_id text, sequence bigint, namespace uuid DEFAULT ''ce796568-8e76-4f6e-b458-7e151e9ab823''::uuid',
        'uuid', 'f', 'i', true, 's'),
       ('idempotency_sweep',
-       'IN batch_size integer DEFAULT NULL::integer, IN max_duration interval DEFAULT NULL::interval, INOUT swept bigint DEFAULT NULL::bigint',
+       'IN batch_size integer DEFAULT NULL::integer, IN max_duration interval DEFAULT NULL::interval',
        'none', 'p', 'v', false, 'u'),
       ('idempotency_schedule',
        'schedule text DEFAULT ''* * * * *''::text',
@@ -430,7 +445,8 @@ SELECT set_eq(
     $$SELECT name, (SELECT oid::regproc::text FROM member_function
                     WHERE proname = 'idempotency_support')
       FROM unnest(ARRAY['idempotency_begin', 'idempotency_try_begin',
-                        'idempotency_replay', 'idempotency_run']) AS name$$,
+                        'idempotency_replay', 'idempotency_store',
+                        'idempotency_run', 'idempotency_try_run']) AS name$$,
     'the calls that return a row have a plan of their own');
 
 --

@@ -68,9 +68,9 @@ SELECT answer_of($$ idempotency_begin('t', 'a', 'k', actor => E'u\r') $$);
 SELECT answer_of($$ idempotency_begin('t', 'a', 'k', actor => 'Zoë') $$);
 
 -- every control character is refused in every part, and nothing else of ASCII
-SELECT count(*) FILTER (WHERE answer_of(format('idempotency_begin(%L, ''ascii'', %L)', chr(c), 'key-' || c)) LIKE 'ID002%control character.') AS tenants,
-       count(*) FILTER (WHERE answer_of(format('idempotency_begin(''t'', %L, %L)', chr(c), 'key-' || c)) LIKE 'ID002%control character.') AS actions,
-       count(*) FILTER (WHERE answer_of(format('idempotency_begin(''t'', ''ascii'', %L, actor => %L)', 'key-' || c, chr(c))) LIKE 'ID002%control character.') AS actors
+SELECT count(*) FILTER (WHERE answer_of(format('idempotency_begin(%L, ''ascii'', %L)', chr(c), 'key-' || c)) LIKE '22023%control character.') AS tenants,
+       count(*) FILTER (WHERE answer_of(format('idempotency_begin(''t'', %L, %L)', chr(c), 'key-' || c)) LIKE '22023%control character.') AS actions,
+       count(*) FILTER (WHERE answer_of(format('idempotency_begin(''t'', ''ascii'', %L, actor => %L)', 'key-' || c, chr(c))) LIKE '22023%control character.') AS actors
 FROM generate_series(1, 127) c WHERE c < 32 OR c = 127;
 SELECT count(*) FILTER (WHERE answer_of(format('idempotency_begin(%L, ''ascii'', %L)', chr(c), 'key-' || c)) = 'accepted') AS tenants,
        count(*) FILTER (WHERE answer_of(format('idempotency_begin(''t'', %L, %L)', chr(c), 'key-' || c)) = 'accepted') AS actions,
@@ -91,7 +91,7 @@ SELECT answer_of($$ idempotency_begin('t', 'hash', 'k7', 'null', request_hash =>
 SELECT answer_of($$ idempotency_begin('t', 'hash', 'k8', NULL, request_hash => sha256('')) $$);
 
 --
--- ttl: from five minutes to max_ttl
+-- ttl: from min_ttl, which is five minutes, to max_ttl
 --
 SELECT answer_of($$ idempotency_begin('t', 'ttl', 'k1', ttl => '300 s') $$);
 SELECT answer_of($$ idempotency_begin('t', 'ttl', 'k2', ttl => '299.999999 s') $$);
@@ -115,6 +115,10 @@ SET LOCAL idempotency.max_ttl = '300s';
 SELECT answer_of($$ idempotency_begin('t', 'ttl', 'k18', ttl => '300 s') $$);
 SELECT answer_of($$ idempotency_begin('t', 'ttl', 'k19', ttl => '301 s') $$);
 RESET idempotency.max_ttl;
+SET LOCAL idempotency.min_ttl = '1s';
+SELECT answer_of($$ idempotency_begin('t', 'ttl', 'k22', ttl => '1 s') $$);
+SELECT answer_of($$ idempotency_begin('t', 'ttl', 'k23', ttl => '0.999999 s') $$);
+RESET idempotency.min_ttl;
 -- infinite intervals came with PostgreSQL 17
 SELECT current_setting('server_version_num')::int >= 170000 AS has_infinity \gset
 SELECT CASE WHEN :'has_infinity' THEN 'infinity' ELSE '178000000 years' END AS forever,
@@ -143,7 +147,12 @@ ROLLBACK;
 SELECT call, part, split_part(answer_of(format(call, arguments)), E'\n', 1) AS sqlstate,
        split_part(answer_of(format(call, arguments)), E'\n', 2) AS message
 FROM unnest(ARRAY['idempotency_begin(%s)', 'idempotency_try_begin(%s)', 'idempotency_finish(%s)',
-                  'idempotency_replay(%s)', 'idempotency_release(%s)']) WITH ORDINALITY AS c (call, c),
+                  'idempotency_replay(%s)', 'idempotency_release(%s)', 'idempotency_forget(%s)',
+                  'idempotency_store(%s, request => NULL, status_code => 200)',
+                  'idempotency_checkpoint(%s, claim => NULL, recovery_point => NULL)',
+                  'idempotency_run(%s, request => NULL, handler => NULL)',
+                  'idempotency_try_run(%s, request => NULL, handler => NULL)'])
+         WITH ORDINALITY AS c (call, c),
      (VALUES (1, 'no key', $$ 't', 'a', NULL $$),
              (2, 'empty key', $$ 't', 'a', '' $$),
              (3, 'long key', $$ 't', 'a', repeat('k', 256) $$),
@@ -151,13 +160,99 @@ FROM unnest(ARRAY['idempotency_begin(%s)', 'idempotency_try_begin(%s)', 'idempot
              (5, 'no action', $$ 't', NULL, 'k' $$),
              (6, 'long action', $$ 't', repeat('a', 256), 'k' $$),
              (7, 'long tenant', $$ repeat('t', 256), 'a', 'k' $$),
-             (8, 'line in actor', $$ 't', 'a', 'k', actor => E'\n' $$)) AS v (v, part, arguments)
+             (8, 'line in actor', $$ 't', 'a', 'k', actor => E'\n' $$),
+             (9, 'empty action', $$ 't', '', 'k' $$),
+             (10, 'long actor', $$ 't', 'a', 'k', actor => repeat('u', 256) $$)) AS v (v, part, arguments)
 ORDER BY c, v;
-SELECT answer_of($$ idempotency_try_begin('t', 'a', 'k', '{}', request_hash => sha256('')) $$);
-SELECT answer_of($$ idempotency_replay('t', 'a', 'k', '{}', request_hash => sha256('')) $$);
-SELECT answer_of($$ idempotency_replay('t', 'a', 'k', request_hash => '\x00') $$);
-SELECT answer_of($$ idempotency_try_begin('t', 'a', 'k', ttl => '299 s') $$);
-SELECT answer_of($$ idempotency_try_begin('t', 'a', 'k', wait => '-1 s') $$);
+
+--
+-- All other arguments, of the calls that have them
+--
+CREATE FUNCTION handler(request jsonb) RETURNS jsonb LANGUAGE sql AS 'SELECT request';
+BEGIN;
+SELECT outcome FROM idempotency_begin('t', 'a', 'held');
+SELECT outcome FROM idempotency_begin('t', 'a', 'leased', lease => '1 h', claim => '00000000-0000-0000-0000-000000000001');
+CREATE TABLE bad_call (n serial, call text, arguments text);
+-- what tells a repeat
+INSERT INTO bad_call (call, arguments)
+SELECT call, arguments
+FROM unnest(ARRAY['idempotency_begin(''t'', ''a'', ''k'', %s)', 'idempotency_try_begin(''t'', ''a'', ''k'', %s)',
+                  'idempotency_replay(''t'', ''a'', ''k'', %s)',
+                  'idempotency_store(''t'', ''a'', ''k'', status_code => 200, %s)']) WITH ORDINALITY AS c (call, c),
+     unnest(ARRAY['request => ''{}'', request_hash => sha256('''')',
+                  'request => NULL, request_hash => ''\x00''',
+                  'request => NULL, request_hash => decode(repeat(''00'', 65), ''hex'')']) WITH ORDINALITY AS a (arguments, a)
+ORDER BY c, a;
+-- times
+INSERT INTO bad_call (call, arguments)
+SELECT call, arguments
+FROM unnest(ARRAY['idempotency_begin(''t'', ''a'', ''k'', %s)', 'idempotency_try_begin(''t'', ''a'', ''k'', %s)',
+                  'idempotency_run(''t'', ''a'', ''k'', ''{}'', ''handler(jsonb)'', %s)',
+                  'idempotency_try_run(''t'', ''a'', ''k'', ''{}'', ''handler(jsonb)'', %s)']) WITH ORDINALITY AS c (call, c),
+     unnest(ARRAY['ttl => ''299 s''', 'ttl => ''72 h 1 s''', 'wait => ''-1 s''', 'wait => ''1 h 1 s'''])
+         WITH ORDINALITY AS a (arguments, a)
+ORDER BY c, a;
+INSERT INTO bad_call (call, arguments)
+SELECT call, arguments
+FROM unnest(ARRAY['idempotency_begin(''t'', ''a'', ''k'', %s)', 'idempotency_try_begin(''t'', ''a'', ''k'', %s)',
+                  'idempotency_checkpoint(''t'', ''a'', ''leased'', ''00000000-0000-0000-0000-000000000001'', ''p'', %s)'])
+         WITH ORDINALITY AS c (call, c),
+     unnest(ARRAY['lease => ''0''', 'lease => ''0.999 ms''', 'lease => ''-1 s''', 'lease => ''72 h 1 s'''])
+         WITH ORDINALITY AS a (arguments, a)
+ORDER BY c, a;
+-- an answer
+INSERT INTO bad_call (call, arguments)
+SELECT call, arguments
+FROM unnest(ARRAY['idempotency_finish(''t'', ''a'', ''held'', %s)',
+                  'idempotency_finish(''t'', ''a'', ''leased'', claim => ''00000000-0000-0000-0000-000000000001'', %s)',
+                  'idempotency_store(''t'', ''a'', ''k'', NULL, %s)']) WITH ORDINALITY AS c (call, c),
+     unnest(ARRAY['status_code => NULL', 'status_code => 99', 'status_code => 600', 'status_code => -200',
+                  'status_code => 200, response => ''1'', body => ''x''',
+                  'status_code => 503, response => ''null'', body => ''''',
+                  'status_code => 200, ttl => ''299 s''', 'status_code => 200, ttl => ''72 h 1 s''',
+                  'status_code => 404, ttl => ''0.999 s''', 'status_code => 404, ttl => ''72 h 1 s''',
+                  'status_code => 503, ttl => ''-1 s'''])
+         WITH ORDINALITY AS a (arguments, a)
+ORDER BY c, a;
+-- and what only one of them has
+INSERT INTO bad_call (call, arguments) VALUES
+    ('idempotency_begin(''t'', ''a'', ''k'', %s)', 'claim => ''00000000-0000-0000-0000-000000000001'''),
+    ('idempotency_try_begin(''t'', ''a'', ''k'', %s)', 'claim => ''00000000-0000-0000-0000-000000000001'''),
+    ('idempotency_checkpoint(''t'', ''a'', ''leased'', %s)', 'NULL, ''p'''),
+    ('idempotency_checkpoint(''t'', ''a'', ''leased'', ''00000000-0000-0000-0000-000000000001'', %s)', 'E''p\n'''),
+    ('idempotency_checkpoint(''t'', ''a'', ''leased'', ''00000000-0000-0000-0000-000000000001'', %s)', 'repeat(''p'', 256)'),
+    ('idempotency_checkpoint(''t'', ''a'', ''leased'', ''00000000-0000-0000-0000-000000000001'', %s)', 'NULL, ''{}'''),
+    ('idempotency_checkpoint(''t'', ''a'', ''leased'', ''00000000-0000-0000-0000-000000000001'', %s)', ''''', ''{}'''),
+    ('idempotency_finish(''t'', ''a'', ''leased'', %s)', 'claim => NULL'),
+    ('idempotency_release(''t'', ''a'', ''leased'', %s)', 'claim => NULL'),
+    ('idempotency_run(''t'', ''a'', ''k'', ''{}'', %s)', 'NULL'),
+    ('idempotency_run(''t'', ''a'', ''k'', ''{}'', %s)', '0'),
+    ('idempotency_run(''t'', ''a'', ''k'', ''{}'', %s)', '''lower(text)'''),
+    ('idempotency_try_run(''t'', ''a'', ''k'', ''{}'', %s)', 'NULL'),
+    ('idempotency_try_run(''t'', ''a'', ''k'', ''{}'', %s)', '0'),
+    ('idempotency_try_run(''t'', ''a'', ''k'', ''{}'', %s)', '''lower(text)'''),
+    ('idempotency_first_seen(%s)', 'E''\t'', ''c'', ''{m}'''),
+    ('idempotency_first_seen(%s)', '''t'', NULL, ''{m}'''),
+    ('idempotency_first_seen(%s)', '''t'', '''', ''{m}'''),
+    ('idempotency_first_seen(%s)', '''t'', E''c\n'', ''{m}'''),
+    ('idempotency_first_seen(%s)', '''t'', ''c'', NULL'),
+    ('idempotency_first_seen(%s)', '''t'', ''c'', ''{m,NULL}'''),
+    ('idempotency_first_seen(%s)', '''t'', ''c'', ''{m,""}'''),
+    ('idempotency_first_seen(%s)', '''t'', ''c'', ''{m,m m}'''),
+    ('idempotency_first_seen(%s)', '''t'', ''c'', ''{m}'', ''299 s'''),
+    ('idempotency_first_seen(%s)', '''t'', ''c'', ''{m}'', ''72 h 1 s'''),
+    ('idempotency_event_key(%s)', ''''', ''1'', 1'),
+    ('idempotency_event_key(%s)', '''a:b'', ''1'', 1'),
+    ('idempotency_event_key(%s)', '''a'', '''', 1'),
+    ('idempotency_schedule(%s)', 'NULL');
+SELECT call, arguments, split_part(answer, E'\n', 1) AS sqlstate, split_part(answer, E'\n', 2) AS message
+FROM (SELECT n, call, arguments, answer_of(format(call, arguments)) AS answer FROM bad_call) AS bad
+ORDER BY n;
+-- none of them ended a claim, or left one
+SELECT key, state, lease_expires_at > now() AS leased FROM idempotency_key;
+SELECT key FROM idempotency_in_flight ORDER BY key;
+ROLLBACK;
+DROP FUNCTION handler;
 
 -- what is wrong is told before a stored answer is
 BEGIN;

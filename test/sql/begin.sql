@@ -33,7 +33,7 @@ BEGIN;
 SELECT pg_sleep(0.002);
 \x on
 -- the clock is that of the call, not that of the transaction
-SELECT outcome, status_code, response, headers, body, attempt,
+SELECT outcome, status_code, response, headers, body, claim, attempt,
        recovery_point, recovery_state, retry_after,
        created_at BETWEEN :'before' AND clock_timestamp() AS created_now,
        created_at > now() AS created_at_the_call,
@@ -51,7 +51,7 @@ COMMIT;
 \x on
 SELECT tenant, action, key, actor, state,
        request_hash = idempotency_request_hash('{"amount": 1}') AS hash_of_request,
-       status_code, headers, response, body, attempt,
+       status_code, headers, response, body, claim, attempt,
        recovery_point, recovery_state, lease_expires_at,
        created_at >= :'before' AS created_now,
        finished_at > created_at AS finished_later,
@@ -61,19 +61,19 @@ FROM idempotency_key;
 --
 -- A completed record: replayed
 --
-SELECT r.outcome, r.status_code, r.response, r.headers, r.body, r.attempt,
+SELECT r.outcome, r.status_code, r.response, r.headers, r.body, r.claim, r.attempt,
        r.recovery_point, r.recovery_state, r.retry_after,
        r.created_at = k.created_at AS created, r.finished_at = k.finished_at AS finished,
        r.expires_at = k.expires_at AS expires
 FROM idempotency_begin('acme', 'orders.create', 'k1', '{"amount": 1}') r,
      idempotency_key k;
-SELECT r.outcome, r.status_code, r.response, r.headers, r.body, r.attempt,
+SELECT r.outcome, r.status_code, r.response, r.headers, r.body, r.claim, r.attempt,
        r.recovery_point, r.recovery_state, r.retry_after,
        r.created_at = k.created_at AS created, r.finished_at = k.finished_at AS finished,
        r.expires_at = k.expires_at AS expires
 FROM idempotency_try_begin('acme', 'orders.create', 'k1', '{"amount": 1}') r,
      idempotency_key k;
-SELECT r.outcome, r.status_code, r.response, r.headers, r.body, r.attempt,
+SELECT r.outcome, r.status_code, r.response, r.headers, r.body, r.claim, r.attempt,
        r.recovery_point, r.recovery_state, r.retry_after,
        r.created_at = k.created_at AS created, r.finished_at = k.finished_at AS finished,
        r.expires_at = k.expires_at AS expires
@@ -162,7 +162,7 @@ SELECT outcome FROM idempotency_begin('acme', 'orders.create', 'k1',
     request_hash => idempotency_request_hash('{"amount": 1}'));
 
 --
--- An expired record: started, and finish replaces it
+-- An expired record: started anew, and finish replaces it
 --
 UPDATE idempotency_key SET created_at = created_at - interval '2 days',
     finished_at = finished_at - interval '2 days',
@@ -228,9 +228,17 @@ PREPARE TRANSACTION 'held';
 SELECT error_of($$ SELECT idempotency_begin('acme', 'orders.create', 'held', '{"amount": 1}') $$);
 -- a request that is not given cannot be told from the one that runs
 SELECT error_of($$ SELECT idempotency_begin('acme', 'orders.create', 'held') $$);
-SELECT * FROM idempotency_try_begin('acme', 'orders.create', 'held', '{"amount": 1}');
+-- when it was begun is known, and nothing else of it is told
+\x on
+SELECT r.outcome, r.status_code, r.response, r.headers, r.body, r.claim, r.attempt,
+       r.recovery_point, r.recovery_state, r.retry_after,
+       r.created_at = i.started_at AS created, r.finished_at, r.expires_at
+FROM idempotency_try_begin('acme', 'orders.create', 'held', '{"amount": 1}') r,
+     idempotency_in_flight i;
+\x off
 -- there is nothing to replay yet
-SELECT r IS NULL AS nothing FROM idempotency_replay('acme', 'orders.create', 'held') r;
+SELECT outcome, status_code, response, retry_after
+FROM idempotency_replay('acme', 'orders.create', 'held');
 -- a mismatch outranks in flight
 SELECT idempotency_begin('acme', 'orders.create', 'held', '{"amount": 2}');
 \echo :SQLSTATE
@@ -255,7 +263,7 @@ ROLLBACK;
 
 -- retry_after is the setting, when the claim was not held for longer
 SET idempotency.retry_after = '1s';
-SELECT outcome, retry_after BETWEEN interval '1s' AND interval '60s' AS soon
+SELECT outcome, retry_after BETWEEN 1 AND 60 AS soon
 FROM idempotency_try_begin('acme', 'orders.create', 'held', '{"amount": 1}');
 SET idempotency.retry_after = '90s';
 
@@ -332,18 +340,19 @@ SELECT idempotency_begin('acme', 'bulk', 'one') FROM generate_series(1, 2);
 --
 BEGIN;
 SELECT outcome FROM idempotency_begin('acme', 'orders.create', 'position', '{"a": 1}', 'user 1',
-                                      interval '10 min', interval '0', NULL);
+                                      interval '10 min', interval '0', NULL, NULL, NULL);
 SELECT idempotency_finish('acme', 'orders.create', 'position', 200, '"answer"', '{"h": "1"}',
-                          'user 1', NULL);
+                          'user 1', NULL, NULL, interval '20 min');
 SELECT outcome FROM idempotency_begin(
     key => 'name', action => 'orders.create', tenant => 'acme', actor => 'user 1',
     request_hash => idempotency_request_hash('{"a": 1}'), wait => '0', ttl => '10 min');
 SELECT idempotency_finish(
     key => 'name', action => 'orders.create', tenant => 'acme', actor => 'user 1',
-    headers => '{"h": "1"}', response => '"answer"', status_code => 200);
+    headers => '{"h": "1"}', response => '"answer"', status_code => 200, ttl => '20 min');
 COMMIT;
 SELECT count(*), count(DISTINCT (request_hash, actor, status_code, response::text, headers,
-                                 expires_at - finished_at)) AS different
+                                 expires_at - finished_at)) AS different,
+       min(expires_at - finished_at) AS kept_for
 FROM idempotency_key WHERE key IN ('position', 'name');
 
 DROP FUNCTION error_of;

@@ -7,6 +7,10 @@ SET statement_timeout = '2min';
 \set SHOW_CONTEXT never
 \pset null (null)
 
+-- the id of a claim, by a number
+CREATE FUNCTION claim_of(number int) RETURNS uuid LANGUAGE sql IMMUTABLE AS
+$$ SELECT lpad(number::text, 32, '0')::uuid $$;
+
 -- errors as text
 CREATE FUNCTION error_of(statement text) RETURNS text
 LANGUAGE plpgsql AS $$
@@ -30,7 +34,7 @@ CREATE FUNCTION checkpoint(point text, state jsonb DEFAULT NULL, lease interval 
 LANGUAGE plpgsql AS $$
 DECLARE
     before timestamptz := clock_timestamp();
-    ends timestamptz := idempotency_checkpoint('t', 'a', 'k', 1, point, state, lease);
+    ends timestamptz := idempotency_checkpoint('t', 'a', 'k', claim_of(1), point, state, lease);
 BEGIN
     SELECT k.recovery_point, k.recovery_state,
            k.lease_expires_at = ends AND
@@ -41,7 +45,7 @@ BEGIN
     FROM idempotency_key k WHERE key = 'k';
 END $$;
 
-SELECT attempt FROM idempotency_begin('t', 'a', 'k', '{"amount": 1}', lease => '1 h', ttl => '2 h');
+SELECT attempt FROM idempotency_begin('t', 'a', 'k', '{"amount": 1}', lease => '1 h', ttl => '2 h', claim => claim_of(1));
 SELECT created_at, request_hash FROM idempotency_key \gset
 
 --
@@ -60,14 +64,20 @@ SELECT * FROM checkpoint('p', '{}');
 SELECT * FROM checkpoint(NULL);
 SELECT * FROM checkpoint('charged', '{"charge": "ch_1"}');
 SELECT * FROM checkpoint(NULL, NULL, '10 min');
+-- an empty point: what was saved is forgotten, all of it was undone
+SELECT * FROM checkpoint('');
+SELECT * FROM checkpoint(NULL);
+SELECT * FROM checkpoint('charged', '{"charge": "ch_1"}');
+SELECT * FROM checkpoint('', NULL, '10 min');
+SELECT * FROM checkpoint('charged', '{"charge": "ch_1"}', '10 min');
 -- a state that belongs to no point
-SELECT error_of($$ SELECT idempotency_checkpoint('t', 'a', 'k', 1, NULL, '{}') $$);
+SELECT error_of($$ SELECT idempotency_checkpoint('t', 'a', 'k', claim_of(1), NULL, '{}') $$);
+SELECT error_of($$ SELECT idempotency_checkpoint('t', 'a', 'k', claim_of(1), '', '{}') $$);
 -- points that are no names
-SELECT error_of($$ SELECT idempotency_checkpoint('t', 'a', 'k', 1, '') $$);
-SELECT error_of($$ SELECT idempotency_checkpoint('t', 'a', 'k', 1, E'charged\n') $$);
-SELECT error_of($$ SELECT idempotency_checkpoint('t', 'a', 'k', 1, E'\x7f') $$);
-SELECT error_of($$ SELECT idempotency_checkpoint('t', 'a', 'k', 1, repeat('x', 256)) $$);
-SELECT error_of($$ SELECT idempotency_checkpoint('t', 'a', 'k', 1, repeat('é', 128)) $$);
+SELECT error_of($$ SELECT idempotency_checkpoint('t', 'a', 'k', claim_of(1), E'charged\n') $$);
+SELECT error_of($$ SELECT idempotency_checkpoint('t', 'a', 'k', claim_of(1), E'\x7f') $$);
+SELECT error_of($$ SELECT idempotency_checkpoint('t', 'a', 'k', claim_of(1), repeat('x', 256)) $$);
+SELECT error_of($$ SELECT idempotency_checkpoint('t', 'a', 'k', claim_of(1), repeat('é', 128)) $$);
 -- nothing of this changed anything
 SELECT recovery_point, recovery_state, attempt, state FROM idempotency_key;
 -- the longest, and what a name may be
@@ -81,20 +91,22 @@ SELECT state, status_code, response, headers, body, attempt, created_at = :'crea
 FROM idempotency_key;
 
 --
--- The scope and the attempt
+-- The scope and the claim
 --
 SELECT error_of($$ SELECT idempotency_checkpoint('t', 'a', 'k', NULL, 'p') $$);
-SELECT error_of($$ SELECT idempotency_checkpoint('t', 'a', NULL, 1, 'p') $$);
-SELECT error_of($$ SELECT idempotency_checkpoint('t', 'a', '', 1, 'p') $$);
-SELECT error_of($$ SELECT idempotency_checkpoint('t', 'a', 'a key', 1, 'p') $$);
-SELECT error_of($$ SELECT idempotency_checkpoint('t', NULL, 'k', 1, 'p') $$);
-SELECT error_of($$ SELECT idempotency_checkpoint(E't\n', 'a', 'k', 1, 'p') $$);
-SELECT error_of($$ SELECT idempotency_checkpoint('t', 'a', 'k', 1, 'p', actor => E'\t') $$);
-SELECT error_of($$ SELECT idempotency_checkpoint(NULL, 'a', 'k', 1, 'p') $$);
-SELECT error_of($$ SELECT idempotency_checkpoint('t', 'a', 'k', 1, 'p', actor => 'user 1') $$);
-SELECT error_of($$ SELECT idempotency_checkpoint('t', 'a', 'k', 2, 'p') $$);
-SELECT attempt FROM idempotency_begin(NULL, 'a', 'k', actor => 'user 1', lease => '1 h');
-SELECT idempotency_checkpoint('', 'a', 'k', 1, 'of user 1', '1', actor => 'user 1') IS NOT NULL AS renewed;
+SELECT error_of($$ SELECT idempotency_checkpoint('t', 'a', 'never-begun', NULL, NULL) $$);
+SELECT error_of($$ SELECT idempotency_checkpoint('t', 'a', 'never-begun', claim_of(1), 'p') $$);
+SELECT error_of($$ SELECT idempotency_checkpoint('t', 'a', NULL, claim_of(1), 'p') $$);
+SELECT error_of($$ SELECT idempotency_checkpoint('t', 'a', '', claim_of(1), 'p') $$);
+SELECT error_of($$ SELECT idempotency_checkpoint('t', 'a', 'a key', claim_of(1), 'p') $$);
+SELECT error_of($$ SELECT idempotency_checkpoint('t', NULL, 'k', claim_of(1), 'p') $$);
+SELECT error_of($$ SELECT idempotency_checkpoint(E't\n', 'a', 'k', claim_of(1), 'p') $$);
+SELECT error_of($$ SELECT idempotency_checkpoint('t', 'a', 'k', claim_of(1), 'p', actor => E'\t') $$);
+SELECT error_of($$ SELECT idempotency_checkpoint(NULL, 'a', 'k', claim_of(1), 'p') $$);
+SELECT error_of($$ SELECT idempotency_checkpoint('t', 'a', 'k', claim_of(1), 'p', actor => 'user 1') $$);
+SELECT error_of($$ SELECT idempotency_checkpoint('t', 'a', 'k', claim_of(2), 'p') $$);
+SELECT attempt FROM idempotency_begin(NULL, 'a', 'k', actor => 'user 1', lease => '1 h', claim => claim_of(1));
+SELECT idempotency_checkpoint('', 'a', 'k', claim_of(1), 'of user 1', '1', actor => 'user 1') IS NOT NULL AS renewed;
 SELECT tenant, actor, recovery_point, recovery_state FROM idempotency_key ORDER BY tenant;
 DELETE FROM idempotency_key WHERE tenant = '';
 
@@ -107,14 +119,14 @@ SELECT renewed, kept FROM checkpoint('p', NULL, '1 ms');
 SET idempotency.lease = '5min';
 SELECT renewed, kept FROM checkpoint('p');
 RESET idempotency.lease;
-SELECT lease, error_of(format('SELECT idempotency_checkpoint(%L, %L, %L, 1, %L, lease => %L)', 't', 'a', 'k', 'p', lease))
+SELECT lease, error_of(format('SELECT idempotency_checkpoint(%L, %L, %L, claim_of(1), %L, lease => %L)', 't', 'a', 'k', 'p', lease))
 FROM unnest('{0,999 us,-1 ms,72 h 1 us,170000000 years,-170000000 years}'::text[]) lease;
 -- a setting that was made before max_ttl was lowered
 SET idempotency.lease = '48h';
 SET idempotency.max_ttl = '24h';
-SELECT error_of($$ SELECT idempotency_checkpoint('t', 'a', 'k', 1, 'p') $$);
-SELECT error_of($$ SELECT idempotency_checkpoint('t', 'a', 'k', 1, 'p', lease => '25 h') $$);
-SELECT error_of($$ SELECT idempotency_checkpoint('t', 'a', 'k', 1, 'p', lease => '24 h') $$);
+SELECT error_of($$ SELECT idempotency_checkpoint('t', 'a', 'k', claim_of(1), 'p') $$);
+SELECT error_of($$ SELECT idempotency_checkpoint('t', 'a', 'k', claim_of(1), 'p', lease => '25 h') $$);
+SELECT error_of($$ SELECT idempotency_checkpoint('t', 'a', 'k', claim_of(1), 'p', lease => '24 h') $$);
 RESET idempotency.max_ttl;
 RESET idempotency.lease;
 
@@ -125,16 +137,21 @@ SELECT key FROM idempotency_stalled;
 SELECT saved_point, renewed, kept FROM checkpoint('in time', NULL, '1 h');
 SELECT key FROM idempotency_stalled;
 SELECT key FROM idempotency_in_flight;
-SELECT outcome, retry_after > '59 min' AND retry_after <= '1 h' AS rest FROM idempotency_try_begin('t', 'a', 'k');
+SELECT outcome, retry_after BETWEEN 3540 AND 3600 AS rest FROM idempotency_try_begin('t', 'a', 'k');
 -- it is what the takeover gets
 SELECT renewed FROM checkpoint('charged', '{"charge": "ch_1"}', '1 ms');
 SELECT pg_sleep(0.01);
-SELECT attempt, recovery_point, recovery_state FROM idempotency_begin('t', 'a', 'k', lease => '1 h');
-SELECT error_of($$ SELECT idempotency_checkpoint('t', 'a', 'k', 1, 'zombie') $$);
-SELECT idempotency_checkpoint('t', 'a', 'k', 2, 'mailed') IS NOT NULL AS renewed;
+SELECT attempt, recovery_point, recovery_state FROM idempotency_begin('t', 'a', 'k', lease => '1 h', claim => claim_of(2));
+SELECT error_of($$ SELECT idempotency_checkpoint('t', 'a', 'k', claim_of(1), 'zombie') $$);
+SELECT idempotency_checkpoint('t', 'a', 'k', claim_of(2), 'mailed') IS NOT NULL AS renewed;
 SELECT attempt, recovery_point, recovery_state FROM idempotency_key;
+-- who undid all of it says so, and the next one begins at the beginning
+SELECT idempotency_checkpoint('t', 'a', 'k', claim_of(2), '') IS NOT NULL AS renewed;
+SELECT idempotency_release('t', 'a', 'k', claim => claim_of(2));
+SELECT attempt, recovery_point, recovery_state FROM idempotency_begin('t', 'a', 'k', lease => '1 h', claim => claim_of(3));
+SELECT idempotency_checkpoint('t', 'a', 'k', claim_of(3), 'charged', '{"charge": "ch_2"}') IS NOT NULL AS renewed;
 -- and what is no longer needed goes
-SELECT idempotency_finish('t', 'a', 'k', 200, '"done"', attempt => 2);
+SELECT idempotency_finish('t', 'a', 'k', 200, '"done"', claim => claim_of(3));
 SELECT recovery_point, recovery_state FROM idempotency_key;
 SELECT recovery_point, recovery_state FROM idempotency_begin('t', 'a', 'k');
 TRUNCATE idempotency_key;
@@ -143,28 +160,28 @@ TRUNCATE idempotency_key;
 -- It is part of its transaction
 --
 CREATE TABLE charge (id text);
-SELECT attempt FROM idempotency_begin('t', 'a', 'k', lease => '1 h');
+SELECT attempt FROM idempotency_begin('t', 'a', 'k', lease => '1 h', claim => claim_of(1));
 BEGIN;
 INSERT INTO charge VALUES ('ch_1');
-SELECT idempotency_checkpoint('t', 'a', 'k', 1, 'charged') IS NOT NULL AS renewed;
+SELECT idempotency_checkpoint('t', 'a', 'k', claim_of(1), 'charged') IS NOT NULL AS renewed;
 ROLLBACK;
 SELECT recovery_point, (SELECT count(*) FROM charge) AS charges FROM idempotency_key;
 BEGIN;
 INSERT INTO charge VALUES ('ch_1');
-SELECT idempotency_checkpoint('t', 'a', 'k', 1, 'charged') IS NOT NULL AS renewed;
+SELECT idempotency_checkpoint('t', 'a', 'k', claim_of(1), 'charged') IS NOT NULL AS renewed;
 SAVEPOINT s;
-SELECT idempotency_checkpoint('t', 'a', 'k', 1, 'mailed', '{"mail": 1}') IS NOT NULL AS renewed;
+SELECT idempotency_checkpoint('t', 'a', 'k', claim_of(1), 'mailed', '{"mail": 1}') IS NOT NULL AS renewed;
 SELECT recovery_point FROM idempotency_key;
 ROLLBACK TO s;
 COMMIT;
 SELECT recovery_point, recovery_state, (SELECT count(*) FROM charge) AS charges FROM idempotency_key;
 DROP TABLE charge;
 -- many in one statement: the last one counts
-SELECT count(*) FROM (SELECT idempotency_checkpoint('t', 'a', 'k', 1, 'step ' || i, to_jsonb(i)) FROM generate_series(1, 5) i OFFSET 0) c;
+SELECT count(*) FROM (SELECT idempotency_checkpoint('t', 'a', 'k', claim_of(1), 'step ' || i, to_jsonb(i)) FROM generate_series(1, 5) i OFFSET 0) c;
 SELECT recovery_point, recovery_state FROM idempotency_key;
 -- a read-only transaction cannot
 BEGIN READ ONLY;
-SELECT idempotency_checkpoint('t', 'a', 'k', 1, 'p');
+SELECT idempotency_checkpoint('t', 'a', 'k', claim_of(1), 'p');
 \echo :SQLSTATE
 ROLLBACK;
 TRUNCATE idempotency_key;
@@ -172,13 +189,13 @@ TRUNCATE idempotency_key;
 --
 -- The size of a state
 --
-SELECT attempt FROM idempotency_begin('t', 'a', 'k', lease => '1 h');
+SELECT attempt FROM idempotency_begin('t', 'a', 'k', lease => '1 h', claim => claim_of(1));
 SET idempotency.max_response_size = '100B';
 -- a text in jsonb is 8 bytes longer
-SELECT error_of(format('SELECT idempotency_checkpoint(%L, %L, %L, 1, %L, %L)', 't', 'a', 'k', 'p', to_json(repeat('x', 93))));
+SELECT error_of(format('SELECT idempotency_checkpoint(%L, %L, %L, claim_of(1), %L, %L)', 't', 'a', 'k', 'p', to_json(repeat('x', 93))));
 SELECT length(saved_state #>> '{}') FROM checkpoint('p', to_jsonb(repeat('x', 92)));
 RESET idempotency.max_response_size;
-SELECT error_of(format('SELECT idempotency_checkpoint(%L, %L, %L, 1, %L, %L)', 't', 'a', 'k', 'p', to_json(repeat('x', 1048569))));
+SELECT error_of(format('SELECT idempotency_checkpoint(%L, %L, %L, claim_of(1), %L, %L)', 't', 'a', 'k', 'p', to_json(repeat('x', 1048569))));
 SELECT saved_point, length(saved_state #>> '{}') FROM checkpoint('large', to_jsonb(repeat('x', 1048568)));
 -- one that is stored out of line: kept over renewals, replaced, and gone with finish
 CREATE FUNCTION chunks() RETURNS bigint LANGUAGE plpgsql AS $$
@@ -196,14 +213,14 @@ SELECT saved_point, saved_state = to_jsonb(:'hex'::text) AS same FROM checkpoint
 SELECT saved_point, saved_state = to_jsonb(:'hex'::text) AS same FROM checkpoint(NULL, NULL, '1 ms');
 SELECT pg_sleep(0.01);
 SELECT chunks() > 10 AS out_of_line;
-SELECT attempt, recovery_point, recovery_state = to_jsonb(:'hex'::text) AS same FROM idempotency_begin('t', 'a', 'k', lease => '1 h');
+SELECT attempt, recovery_point, recovery_state = to_jsonb(:'hex'::text) AS same FROM idempotency_begin('t', 'a', 'k', lease => '1 h', claim => claim_of(2));
 SELECT recovery_state = to_jsonb(:'hex'::text) AS same FROM idempotency_key;
 BEGIN;
-SELECT idempotency_checkpoint('t', 'a', 'k', 2, 'small', '1') IS NOT NULL AS renewed;
+SELECT idempotency_checkpoint('t', 'a', 'k', claim_of(2), 'small', '1') IS NOT NULL AS renewed;
 SELECT chunks();
 ROLLBACK;
 SELECT recovery_state = to_jsonb(:'hex'::text) AS same FROM idempotency_key;
-SELECT idempotency_finish('t', 'a', 'k', 204, attempt => 2);
+SELECT idempotency_finish('t', 'a', 'k', 204, claim => claim_of(2));
 SELECT chunks();
 
 --
@@ -212,13 +229,14 @@ SELECT chunks();
 DROP FUNCTION error_of, checkpoint, chunks;
 DROP EXTENSION idempotency;
 CREATE EXTENSION idempotency;
-SELECT outcome, count(*) FROM generate_series(1, 5) i, idempotency_begin('t', 'a', 'k' || i, to_jsonb(i), lease => '30 min')
+SELECT outcome, count(*) FROM generate_series(1, 5) i, idempotency_begin('t', 'a', 'k' || i, to_jsonb(i), lease => '30 min', claim => claim_of(1))
 GROUP BY outcome;
-SELECT count(idempotency_checkpoint('t', 'a', 'k' || i, 1, 'charged', '{"charge": "ch_1"}')) FROM generate_series(1, 5) i;
-SELECT count(idempotency_checkpoint('t', 'a', 'k' || i, 1, 'mailed')) FROM generate_series(1, 5) i;
-SELECT count(idempotency_checkpoint('t', 'a', 'k' || i, 1, NULL)) FROM generate_series(1, 5) i;
-SELECT idempotency_finish('t', 'a', 'k' || i, 200, '"done"', attempt => 1) FROM generate_series(1, 4) i;
-SELECT idempotency_release('t', 'a', 'k5', attempt => 1);
+SELECT count(idempotency_checkpoint('t', 'a', 'k' || i, claim_of(1), 'charged', '{"charge": "ch_1"}')) FROM generate_series(1, 5) i;
+SELECT count(idempotency_checkpoint('t', 'a', 'k' || i, claim_of(1), 'mailed')) FROM generate_series(1, 5) i;
+SELECT count(idempotency_checkpoint('t', 'a', 'k' || i, claim_of(1), NULL)) FROM generate_series(1, 5) i;
+SELECT count(idempotency_checkpoint('t', 'a', 'k' || i, claim_of(1), '')) FROM generate_series(1, 5) i;
+SELECT idempotency_finish('t', 'a', 'k' || i, 200, '"done"', claim => claim_of(1)) FROM generate_series(1, 4) i;
+SELECT idempotency_release('t', 'a', 'k5', claim => claim_of(1));
 SELECT pg_stat_force_next_flush();
 SELECT n_tup_ins, n_tup_upd, n_tup_hot_upd, n_tup_del FROM pg_stat_user_tables WHERE relid = 'idempotency_key'::regclass;
 -- the lookup by either index finds them all the same
@@ -227,4 +245,5 @@ SELECT count(*) FROM idempotency_key WHERE key = 'k1' AND state = 'completed';
 SELECT count(*) FROM idempotency_key WHERE expires_at > now();
 RESET enable_seqscan;
 
+DROP FUNCTION claim_of;
 DROP EXTENSION idempotency;

@@ -17,7 +17,9 @@ LANGUAGE plpgsql VOLATILE AS $$
 DECLARE
     result idempotency_result := idempotency_begin('t', 'status', 'k' || status);
 BEGIN
-    PERFORM idempotency_release('t', 'status', 'k' || status);
+    IF result.outcome = 'started' THEN
+        PERFORM idempotency_release('t', 'status', 'k' || status);
+    END IF;
     RETURN result.outcome;
 END $$;
 
@@ -118,11 +120,127 @@ TRUNCATE idempotency_key;
 SET idempotency.max_ttl = '10min';
 SELECT kept_for(404, NULL);
 \echo :SQLSTATE
+-- that of a final error only where there is one
+SELECT kept_for(404, '10 min');
+\echo :SQLSTATE
+SELECT kept_for(200, '10 min');
+TRUNCATE idempotency_key;
 RESET idempotency.max_ttl;
 RESET idempotency.ttl;
 
 --
--- No claim: ID005
+-- How long finish asks for it to be kept: completed from min_ttl to max_ttl, a
+-- final error from a second
+--
+
+-- For how long the answer of a request is kept that is begun, as a leased claim if
+-- so asked, and finished with a ttl, or the SQLSTATE; all of it is undone.  The
+-- answer of a leased claim may be kept an eighth longer.
+CREATE FUNCTION kept_by_finish(status int, ttl interval, lease interval DEFAULT NULL, begun_for interval DEFAULT NULL)
+RETURNS text LANGUAGE plpgsql AS $$
+DECLARE
+    id uuid := CASE WHEN lease IS NOT NULL THEN '00000000-0000-0000-0000-000000000001' END;
+    asked interval := coalesce(kept_by_finish.ttl, begun_for, '24 h');
+    became text;
+    kept interval;
+BEGIN
+    PERFORM idempotency_begin('t', 'a', 'k', ttl => begun_for, lease => lease, claim => id);
+    became := idempotency_finish('t', 'a', 'k', status, claim => id, ttl => kept_by_finish.ttl);
+    SELECT k.expires_at - finished_at INTO kept FROM idempotency_key k;
+    IF lease IS NOT NULL AND became = 'completed' AND kept BETWEEN asked AND asked * 9 / 8 THEN
+        kept := justify_hours(asked);
+    END IF;
+    RAISE EXCEPTION USING ERRCODE = 'UNDO1', MESSAGE = concat_ws(' ', became, justify_hours(kept));
+EXCEPTION
+    WHEN SQLSTATE 'UNDO1' THEN
+        RETURN SQLERRM;
+    WHEN OTHERS THEN
+        RETURN SQLSTATE;
+END $$;
+SELECT status, ttl, kept_by_finish(status, ttl) AS of_transaction, kept_by_finish(status, ttl, '1 h') AS leased
+FROM unnest('{200,404,503}'::int[]) status,
+     unnest('{NULL,170000000 years,72 h 1 us,72 h,10 min,300 s,299.999999 s,1 s,999999 us,0,-1 h}'::interval[]) WITH ORDINALITY t (ttl, n)
+ORDER BY status, n;
+SELECT idempotency_begin('t', 'a', 'k'), idempotency_finish('t', 'a', 'k', ttl => '299 s');
+SELECT idempotency_begin('t', 'a', 'k'), idempotency_finish('t', 'a', 'k', 404, ttl => '999 ms');
+-- it comes before that of begin, be that longer or shorter
+SELECT status, kept_by_finish(status, '10 min', NULL, '20 min') AS shorter, kept_by_finish(status, '20 min', NULL, '10 min') AS longer,
+       kept_by_finish(status, '10 min', '1 h', '20 min') AS shorter_leased, kept_by_finish(status, '20 min', '1 h', '10 min') AS longer_leased,
+       kept_by_finish(status, NULL, NULL, '20 min') AS of_begin, kept_by_finish(status, NULL, '1 h', '20 min') AS of_begin_leased
+FROM unnest('{200,404}'::int[]) status;
+-- the bounds are the administrator's
+SET idempotency.min_ttl = '2s';
+SET idempotency.max_ttl = '12h';
+SELECT status, ttl, kept_by_finish(status, ttl, NULL, '1 h') AS of_transaction, kept_by_finish(status, ttl, '1 h', '1 h') AS leased
+FROM unnest('{200,404}'::int[]) status,
+     unnest('{12 h 1 us,12 h,2 s,1999999 us,1 s,999999 us}'::interval[]) WITH ORDINALITY t (ttl, n)
+ORDER BY status, n;
+RESET idempotency.min_ttl;
+RESET idempotency.max_ttl;
+-- the claim is still there after one that is out of range
+BEGIN;
+SELECT outcome FROM idempotency_begin('t', 'a', 'k');
+SAVEPOINT s;
+SELECT idempotency_finish('t', 'a', 'k', ttl => '1 min');
+\echo :SQLSTATE
+ROLLBACK TO s;
+SELECT idempotency_finish('t', 'a', 'k', ttl => '5 min');
+COMMIT;
+SELECT state, expires_at - finished_at AS kept_for, ttl FROM idempotency_key;
+TRUNCATE idempotency_key;
+
+--
+-- What depends on the status is read when that is known, and not at begin
+--
+SELECT '00000000-0000-0000-0000-000000000001' AS claim \gset
+BEGIN;
+SELECT outcome FROM idempotency_begin('t', 'a', 'of-transaction');
+SELECT outcome FROM idempotency_begin('t', 'a', 'leased-here', lease => '1 h', claim => :'claim');
+SELECT outcome FROM idempotency_begin('t', 'a', 'completed', ttl => '10 min');
+SET LOCAL idempotency.error_ttl = '10s';
+SELECT idempotency_finish('t', 'a', 'of-transaction', 404);
+SELECT idempotency_finish('t', 'a', 'leased-here', 404, claim => :'claim');
+SELECT idempotency_finish('t', 'a', 'completed');
+COMMIT;
+SELECT outcome FROM idempotency_begin('t', 'a', 'leased-before', lease => '1 h', claim => :'claim');
+BEGIN;
+SET LOCAL idempotency.error_ttl = '1min';
+SELECT idempotency_finish('t', 'a', 'leased-before', 404, claim => :'claim');
+COMMIT;
+SELECT key, state, expires_at - finished_at AS kept_for FROM idempotency_key ORDER BY key;
+TRUNCATE idempotency_key;
+-- what may be retried
+BEGIN;
+SELECT outcome FROM idempotency_begin('t', 'a', 'of-transaction');
+SELECT outcome FROM idempotency_begin('t', 'a', 'of-transaction-503');
+SELECT outcome FROM idempotency_begin('t', 'a', 'leased-here', lease => '1 h', claim => :'claim');
+SELECT outcome FROM idempotency_begin('t', 'a', 'leased-here-503', lease => '1 h', claim => :'claim');
+SET LOCAL idempotency.retryable_status = '404';
+SELECT idempotency_finish('t', 'a', 'of-transaction', 404), idempotency_finish('t', 'a', 'of-transaction-503', 503);
+SELECT idempotency_finish('t', 'a', 'leased-here', 404, claim => :'claim'),
+       idempotency_finish('t', 'a', 'leased-here-503', 503, claim => :'claim');
+COMMIT;
+SELECT outcome FROM idempotency_begin('t', 'a', 'leased-before', lease => '1 h', claim => :'claim');
+SELECT outcome FROM idempotency_begin('t', 'a', 'leased-before-503', lease => '1 h', claim => :'claim');
+BEGIN;
+SET LOCAL idempotency.retryable_status = '404';
+SELECT idempotency_finish('t', 'a', 'leased-before', 404, claim => :'claim'),
+       idempotency_finish('t', 'a', 'leased-before-503', 503, claim => :'claim');
+COMMIT;
+SELECT key, state, status_code, state = 'pending' AND lease_expires_at IS NULL AS released FROM idempotency_key ORDER BY key;
+-- a repeat of finish says what it said before, whatever the status means today
+BEGIN;
+SELECT outcome FROM idempotency_begin('t', 'a', 'repeated', lease => '1 h', claim => :'claim');
+SELECT idempotency_finish('t', 'a', 'repeated', 404, claim => :'claim');
+COMMIT;
+SET idempotency.retryable_status = '404';
+SELECT idempotency_finish('t', 'a', 'repeated', 404, claim => :'claim');
+RESET idempotency.retryable_status;
+SELECT state, status_code FROM idempotency_key WHERE key = 'repeated';
+TRUNCATE idempotency_key;
+
+--
+-- No claim: ID008
 --
 SELECT idempotency_finish('t', 'a', 'never-begun');
 \echo :SQLSTATE
@@ -265,5 +383,5 @@ COMMIT;
 SELECT octet_length(response::text), response #>> '{}' = repeat('x', 1048574) AS same
 FROM idempotency_begin('t', 'a', 'k');
 
-DROP FUNCTION finish_with, repeat_of, kept_for;
+DROP FUNCTION finish_with, repeat_of, kept_for, kept_by_finish;
 DROP EXTENSION idempotency;

@@ -24,13 +24,17 @@ END $$;
 CREATE FUNCTION locks() RETURNS bigint LANGUAGE sql VOLATILE AS
 $$ SELECT count(*) FROM pg_locks WHERE locktype = 'userlock' AND pid = pg_backend_pid() $$;
 
+-- ids of claims
+CREATE FUNCTION claim_of(n int) RETURNS uuid LANGUAGE sql IMMUTABLE AS
+$$ SELECT ('00000000-0000-0000-0000-' || lpad(n::text, 12, '0'))::uuid $$;
+
 --
 -- New ones are returned, once each and in the order of the batch
 --
 SELECT * FROM idempotency_first_seen('t', 'mailer', '{m3,m1,m2,m1,m3}');
 \x on
 SELECT tenant, action, key, actor, state, request_hash, status_code, headers, response, body,
-       attempt, recovery_point, recovery_state, lease_expires_at,
+       claim, attempt, recovery_point, recovery_state, lease_expires_at,
        created_at = finished_at AS at_once, expires_at - finished_at AS kept_for, ttl
 FROM idempotency_key WHERE key = 'm1';
 \x off
@@ -219,7 +223,11 @@ FROM idempotency_begin('t', 'mailer', 'm3', '{"to": "a@example.com"}');
 SELECT outcome, status_code FROM idempotency_begin('t', 'mailer', 'm3', lease => '1 h');
 SELECT outcome, status_code FROM idempotency_try_begin('t', 'mailer', 'm4');
 SELECT outcome, status_code FROM idempotency_replay('t', 'mailer', 'm4');
-SELECT error_of($$ SELECT idempotency_finish('t', 'mailer', 'm3', attempt => 1) $$);
+SELECT error_of($$ SELECT idempotency_finish('t', 'mailer', 'm3', claim => claim_of(1)) $$);
+SELECT outcome, status_code FROM idempotency_store('t', 'mailer', 'm4', NULL, 404);
+-- forgotten, it is new again
+SELECT idempotency_forget('t', 'mailer', 'm4'), idempotency_forget('t', 'mailer', 'm4');
+SELECT * FROM idempotency_first_seen('t', 'mailer', '{m3,m4}');
 -- a claim in the same transaction: the record is there when it is finished
 BEGIN;
 SELECT outcome FROM idempotency_begin('t', 'mailer', 'm5');
@@ -237,25 +245,25 @@ ROLLBACK;
 TRUNCATE idempotency_key;
 
 -- leased claims: seen while somebody has it, and new when nobody has
-SELECT outcome FROM idempotency_begin('t', 'mailer', 'held', lease => '1 h');
-SELECT outcome FROM idempotency_begin('t', 'mailer', 'stalled', '{"a": 1}', lease => '1 h');
-SELECT idempotency_checkpoint('t', 'mailer', 'stalled', 1, 'half-way', '{"b": 2}', '1 ms') IS NOT NULL AS renewed;
-SELECT outcome FROM idempotency_begin('t', 'mailer', 'released', lease => '1 h');
-SELECT idempotency_release('t', 'mailer', 'released', attempt => 1);
-SELECT outcome FROM idempotency_begin('t', 'mailer', 'expired', lease => '1 h');
-SELECT outcome FROM idempotency_begin('t', 'mailer', 'finished', lease => '1 h');
-SELECT idempotency_finish('t', 'mailer', 'finished', attempt => 1);
+SELECT outcome FROM idempotency_begin('t', 'mailer', 'held', lease => '1 h', claim => claim_of(1));
+SELECT outcome FROM idempotency_begin('t', 'mailer', 'stalled', '{"a": 1}', lease => '1 h', claim => claim_of(2));
+SELECT idempotency_checkpoint('t', 'mailer', 'stalled', claim_of(2), 'half-way', '{"b": 2}', '1 ms') IS NOT NULL AS renewed;
+SELECT outcome FROM idempotency_begin('t', 'mailer', 'released', lease => '1 h', claim => claim_of(3));
+SELECT idempotency_release('t', 'mailer', 'released', claim => claim_of(3));
+SELECT outcome FROM idempotency_begin('t', 'mailer', 'expired', lease => '1 h', claim => claim_of(4));
+SELECT outcome FROM idempotency_begin('t', 'mailer', 'finished', lease => '1 h', claim => claim_of(5));
+SELECT idempotency_finish('t', 'mailer', 'finished', claim => claim_of(5));
 SELECT pg_sleep(0.01);
 UPDATE idempotency_key SET expires_at = clock_timestamp() WHERE key = 'expired';
 SELECT * FROM idempotency_first_seen('t', 'mailer', '{stalled,released,held,new,finished,expired}');
-SELECT key, state, status_code, attempt, request_hash, recovery_point, recovery_state, lease_expires_at > now() AS lease
+SELECT key, state, status_code, right(claim::text, 1) AS claim, attempt, request_hash, recovery_point, recovery_state, lease_expires_at > now() AS lease
 FROM idempotency_key ORDER BY key;
--- the old attempt is fenced off
-SELECT error_of($$ SELECT idempotency_finish('t', 'mailer', 'stalled', attempt => 1) $$);
-SELECT error_of($$ SELECT idempotency_finish('t', 'mailer', 'stalled', attempt => 2) $$);
-SELECT error_of($$ SELECT idempotency_checkpoint('t', 'mailer', 'stalled', 1, 'zombie') $$);
-SELECT error_of($$ SELECT idempotency_release('t', 'mailer', 'released', attempt => 1) $$);
-SELECT idempotency_finish('t', 'mailer', 'held', attempt => 1);
+-- the old claim is fenced off
+SELECT error_of($$ SELECT idempotency_finish('t', 'mailer', 'stalled', claim => claim_of(2)) $$);
+SELECT error_of($$ SELECT idempotency_checkpoint('t', 'mailer', 'stalled', claim_of(2), 'zombie') $$);
+SELECT error_of($$ SELECT idempotency_release('t', 'mailer', 'released', claim => claim_of(3)) $$);
+SELECT error_of($$ SELECT idempotency_finish('t', 'mailer', 'expired', claim => claim_of(4)) $$);
+SELECT idempotency_finish('t', 'mailer', 'held', claim => claim_of(1));
 SELECT count(*) FROM idempotency_in_flight;
 SELECT count(*) FROM idempotency_stalled;
 -- rolled back, it is stalled as it was
@@ -294,5 +302,5 @@ SELECT count(*) FROM idempotency_first_seen('t', 'cancelled', ARRAY(SELECT 'm' |
 ROLLBACK;
 SELECT count(*) FROM idempotency_key WHERE action = 'cancelled';
 
-DROP FUNCTION error_of, locks;
+DROP FUNCTION error_of, locks, claim_of;
 DROP EXTENSION idempotency;

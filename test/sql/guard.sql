@@ -153,5 +153,28 @@ SELECT outcome FROM idempotency_begin('acme', 'pay "now" %s %m', 'k%n');
 COMMIT;
 \echo :SQLSTATE
 
+-- where the functions that it would name are gone, it says what else to do
+BEGIN;
+SELECT outcome FROM idempotency_begin('acme', 'pay', 'k1');
+DROP EXTENSION idempotency;
+COMMIT;
+\echo :SQLSTATE
+SELECT count(*) FROM pg_extension WHERE extname = 'idempotency';
+-- unless they were made anew
+BEGIN;
+SELECT outcome FROM idempotency_begin('acme', 'pay', 'k1');
+DROP EXTENSION idempotency;
+CREATE EXTENSION idempotency;
+COMMIT;
+\echo :SQLSTATE
+BEGIN;
+SELECT outcome FROM idempotency_begin('acme', 'pay', 'k1');
+DROP EXTENSION idempotency;
+CREATE EXTENSION idempotency;
+SELECT idempotency_finish('acme', 'pay', 'k1', 201, '"kept"');
+COMMIT;
+SELECT state, response FROM idempotency_key;
+SELECT outcome, status_code, response FROM idempotency_begin('acme', 'pay', 'k1');
+
 DROP TABLE payment;
 DROP EXTENSION idempotency;

@@ -74,6 +74,10 @@ SELECT outcome FROM idempotency_begin('acme', 'orders.create', 'k5', '{"a": 1}',
 SELECT idempotency_finish('acme', 'orders.create', 'k5', actor => 'user 1');
 PREPARE TRANSACTION 'k5';
 SELECT pid, tenant, actor, action, key, attempt, lease_expires_at FROM idempotency_in_flight;
+-- a repeat is told since when
+SELECT r.outcome, r.attempt, r.created_at = i.started_at AS created
+FROM idempotency_in_flight i,
+     idempotency_try_begin('acme', 'orders.create', 'k5', '{"a": 1}', 'user 1') r;
 COMMIT PREPARED 'k5';
 SELECT * FROM idempotency_in_flight;
 BEGIN;
@@ -113,12 +117,16 @@ SELECT count(*) FILTER (WHERE f = 'completed') AS completed
 FROM generate_series(1, 100) i, idempotency_finish('acme', 'many', 'k' || i) f;
 PREPARE TRANSACTION 'many';
 -- all of them are in flight
-SELECT outcome, retry_after, count(*)
+SELECT outcome, retry_after, count(*), count(created_at) AS since_when_is_known
 FROM generate_series(1, 100) i, idempotency_try_begin('acme', 'many', 'k' || i, to_jsonb(i))
 GROUP BY outcome, retry_after;
 -- a mismatch is told where the request is known
 SELECT outcome, retry_after, count(*)
 FROM generate_series(1, 100) i, idempotency_try_begin('acme', 'many', 'k' || i, '"different"')
+GROUP BY outcome, retry_after ORDER BY outcome;
+-- replay does not know of those that found no room
+SELECT outcome, retry_after, count(*), count(created_at) AS since_when_is_known
+FROM generate_series(1, 100) i, idempotency_replay('acme', 'many', 'k' || i, to_jsonb(i))
 GROUP BY outcome, retry_after ORDER BY outcome;
 -- an error without knowledge of the holder has no detail
 SELECT key AS untracked_key FROM (SELECT 'k' || i FROM generate_series(1, 100) i) k (key)

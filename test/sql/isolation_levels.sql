@@ -73,6 +73,7 @@ COMMIT;
 SELECT outcome, status_code, response FROM idempotency_begin('t', 'a', 'rr');
 UPDATE idempotency_key SET expires_at = created_at;
 CALL idempotency_sweep();
+SELECT count(*) FROM idempotency_key;
 RESET default_transaction_isolation;
 
 -- read-only and deferrable: a replay needs no more

@@ -8,9 +8,15 @@ SET statement_timeout = '2min';
 -- an answer "in flight" that knows of no lease: the same each time with this
 SET idempotency.retry_after = '90s';
 
+-- the id of a claim, by a number
+CREATE FUNCTION claim_of(number int) RETURNS uuid LANGUAGE sql IMMUTABLE AS
+$$ SELECT lpad(number::text, 32, '0')::uuid $$;
+
 -- a record, without what differs from run to run
 CREATE VIEW record AS
-    SELECT key, state, status_code, response, attempt, request_hash IS NOT NULL AS hashed,
+    SELECT key, state, status_code, response,
+           CASE WHEN claim::text LIKE '00000000-%' THEN right(claim::text, 1) WHEN claim IS NOT NULL THEN 'random' END AS claim,
+           attempt, request_hash IS NOT NULL AS hashed,
            recovery_point AS point, recovery_state AS saved,
            CASE WHEN lease_expires_at > clock_timestamp() THEN 'held'
                 WHEN lease_expires_at IS NOT NULL THEN 'over' END AS lease,
@@ -18,8 +24,8 @@ CREATE VIEW record AS
     FROM idempotency_key;
 
 -- whether a retry_after is the rest of a lease
-CREATE FUNCTION is_rest_of(retry_after interval, lease interval) RETURNS boolean LANGUAGE sql AS
-$$ SELECT retry_after <= lease AND retry_after > lease - interval '2 min' $$;
+CREATE FUNCTION is_rest_of(retry_after int, lease interval) RETURNS boolean LANGUAGE sql AS
+$$ SELECT retry_after <= extract(epoch FROM lease) AND retry_after > extract(epoch FROM lease) - 120 $$;
 
 -- errors as text, without the rest of a lease
 CREATE FUNCTION error_of(statement text) RETURNS text
@@ -53,16 +59,16 @@ SELECT clock_timestamp() AS before \gset
 BEGIN;
 SELECT pg_sleep(0.002);
 \x on
-SELECT outcome, status_code, response, headers, body, attempt,
+SELECT outcome, status_code, response, headers, body, claim, attempt,
        recovery_point, recovery_state, retry_after,
        created_at BETWEEN :'before' AND clock_timestamp() AS created_now,
        created_at > now() AS created_at_the_call,
        finished_at, expires_at
-FROM idempotency_begin('acme', 'pay', 'k1', '{"amount": 1}', 'user 1', lease => '1 h', ttl => '2 h');
+FROM idempotency_begin('acme', 'pay', 'k1', '{"amount": 1}', 'user 1', lease => '1 h', ttl => '2 h', claim => claim_of(1));
 -- the row is there
 SELECT tenant, action, key, actor, state,
        request_hash = idempotency_request_hash('{"amount": 1}') AS hash_of_request,
-       status_code, headers, response, body, attempt, recovery_point, recovery_state,
+       status_code, headers, response, body, claim, attempt, recovery_point, recovery_state,
        lease_expires_at - created_at AS lease, created_at >= :'before' AS created_now,
        finished_at, expires_at >= lease_expires_at + interval '2 h' AS kept_for_ttl,
        expires_at <= lease_expires_at + interval '2 h 15 min' AS kept_no_longer, ttl
@@ -81,15 +87,16 @@ COMMIT;
 SELECT locks();
 
 --
--- Afterwards it belongs to whoever knows the attempt
+-- Afterwards it belongs to whoever knows its id
 --
 SELECT i.pid, i.tenant, i.actor, i.action, i.key, i.attempt,
        i.started_at = k.created_at AS started, i.lease_expires_at = k.lease_expires_at AS lease
 FROM idempotency_in_flight i, idempotency_key k;
 SELECT count(*) FROM idempotency_stalled;
--- a repeat is told the rest of the lease
-SELECT outcome, status_code, response, attempt, is_rest_of(retry_after, '1 h') AS rest, created_at
-FROM idempotency_try_begin('acme', 'pay', 'k1', '{"amount": 1}', 'user 1');
+-- a repeat is told the rest of the lease, and not the id
+SELECT r.outcome, r.status_code, r.response, r.claim, r.attempt, is_rest_of(r.retry_after, '1 h') AS rest,
+       r.created_at = k.created_at AS created
+FROM idempotency_key k, idempotency_try_begin('acme', 'pay', 'k1', '{"amount": 1}', 'user 1') r;
 SELECT outcome, is_rest_of(retry_after, '1 h') AS rest
 FROM idempotency_try_begin('acme', 'pay', 'k1', '{"amount": 1}', 'user 1', lease => '1 ms');
 SELECT outcome, is_rest_of(retry_after, '1 h') AS rest
@@ -101,8 +108,10 @@ SELECT r FROM idempotency_try_begin('acme', 'pay', 'k1', '{"amount": 2}', 'user 
 SELECT r FROM idempotency_try_begin('acme', 'pay', 'k1', '{"amount": 2}', 'user 1', wait => '1 min') r;
 SELECT error_of($$ SELECT idempotency_begin('acme', 'pay', 'k1', '{"amount": 2}', 'user 1', lease => '1 h') $$);
 -- there is no answer yet
-SELECT r IS NULL AS nothing FROM idempotency_replay('acme', 'pay', 'k1', '{"amount": 1}', 'user 1') r;
-SELECT r IS NULL AS nothing FROM idempotency_replay('acme', 'pay', 'k1', '{"amount": 2}', 'user 1') r;
+SELECT r.outcome, r.status_code, r.response, r.claim, r.attempt, is_rest_of(r.retry_after, '1 h') AS rest,
+       r.created_at = k.created_at AS created
+FROM idempotency_key k, idempotency_replay('acme', 'pay', 'k1', '{"amount": 1}', 'user 1') r;
+SELECT error_of($$ SELECT idempotency_replay('acme', 'pay', 'k1', '{"amount": 2}', 'user 1') $$);
 -- a wait that is too short, of the call or of the session
 SELECT outcome, is_rest_of(retry_after, '1 h') AS rest
 FROM idempotency_try_begin('acme', 'pay', 'k1', '{"amount": 1}', 'user 1', wait => '20 ms');
@@ -123,7 +132,7 @@ SELECT tenant, actor, pid FROM idempotency_in_flight ORDER BY tenant, actor;
 
 -- it is finished by another session
 \c -
-SELECT idempotency_finish('acme', 'pay', 'k1', 201, '{"paid": 1}', actor => 'user 1', attempt => 1);
+SELECT idempotency_finish('acme', 'pay', 'k1', 201, '{"paid": 1}', actor => 'user 1', claim => claim_of(1));
 SELECT outcome, status_code, response, attempt, retry_after
 FROM idempotency_begin('acme', 'pay', 'k1', '{"amount": 1}', 'user 1');
 SELECT outcome, status_code, response, attempt, retry_after
@@ -140,8 +149,8 @@ SET idempotency.retry_after = '90s';
 
 -- all of it in one transaction
 BEGIN;
-SELECT outcome, attempt FROM idempotency_begin('t', 'a', 'k', lease => '1 h');
-SELECT idempotency_finish('t', 'a', 'k', 200, '"once"', attempt => 1);
+SELECT outcome, attempt FROM idempotency_begin('t', 'a', 'k', lease => '1 h', claim => claim_of(1));
+SELECT idempotency_finish('t', 'a', 'k', 200, '"once"', claim => claim_of(1));
 SELECT outcome, response FROM idempotency_begin('t', 'a', 'k', lease => '1 h');
 SELECT key, pid = pg_backend_pid() AS mine FROM idempotency_in_flight;
 COMMIT;
@@ -156,10 +165,10 @@ SELECT count(*) FROM idempotency_key;
 SELECT count(*) FROM idempotency_in_flight;
 -- many in one statement
 SELECT outcome, attempt, count(*)
-FROM generate_series(1, 100) i, idempotency_begin('t', 'many', 'k' || i, lease => '1 h')
+FROM generate_series(1, 100) i, idempotency_begin('t', 'many', 'k' || i, lease => '1 h', claim => claim_of(1))
 GROUP BY outcome, attempt;
 SELECT count(*), count(pid) AS held_by_a_process FROM idempotency_in_flight;
-SELECT f, count(*) FROM generate_series(1, 100) i, idempotency_finish('t', 'many', 'k' || i, attempt => 1) f
+SELECT f, count(*) FROM generate_series(1, 100) i, idempotency_finish('t', 'many', 'k' || i, claim => claim_of(1)) f
 GROUP BY f;
 SELECT count(*) FROM idempotency_in_flight;
 TRUNCATE idempotency_key;
@@ -186,9 +195,9 @@ TRUNCATE idempotency_key;
 --
 -- Takeover of a lease that ran out
 --
-SELECT outcome, attempt FROM idempotency_begin('t', 'a', 'k', '{"amount": 1}', lease => '1 ms', ttl => '2 h');
+SELECT outcome, attempt FROM idempotency_begin('t', 'a', 'k', '{"amount": 1}', lease => '1 ms', ttl => '2 h', claim => claim_of(1));
 SELECT created_at FROM idempotency_key \gset
-SELECT idempotency_checkpoint('t', 'a', 'k', 1, 'charged', '{"charge": "ch_1"}', '1 ms') IS NOT NULL AS renewed;
+SELECT idempotency_checkpoint('t', 'a', 'k', claim_of(1), 'charged', '{"charge": "ch_1"}', '1 ms') IS NOT NULL AS renewed;
 SELECT pg_sleep(0.01);
 SELECT count(*) FROM idempotency_in_flight;
 SELECT s.tenant, s.actor, s.action, s.key, s.attempt, s.recovery_point,
@@ -198,7 +207,9 @@ FROM idempotency_stalled s, idempotency_key k;
 SELECT outcome FROM idempotency_try_begin('t', 'a', 'k', '{"amount": 2}');
 SELECT outcome FROM idempotency_try_begin('t', 'a', 'k', '{"amount": 2}', lease => '1 h');
 SELECT error_of($$ SELECT idempotency_begin('t', 'a', 'k', '{"amount": 2}', lease => '1 h') $$);
-SELECT r IS NULL AS nothing FROM idempotency_replay('t', 'a', 'k', '{"amount": 1}') r;
+SELECT outcome, status_code, response, claim, attempt, recovery_point, recovery_state, retry_after,
+       created_at = :'created_at' AS created
+FROM idempotency_replay('t', 'a', 'k', '{"amount": 1}');
 SELECT * FROM record;
 -- rolled back, nobody took over
 BEGIN;
@@ -213,7 +224,7 @@ SELECT locks();
 -- the next repeat goes on where the first one was
 SELECT outcome, attempt, recovery_point, recovery_state, retry_after,
        created_at = :'created_at' AS created, finished_at, expires_at
-FROM idempotency_begin('t', 'a', 'k', '{"amount": 1}', lease => '1 h', ttl => '3 h');
+FROM idempotency_begin('t', 'a', 'k', '{"amount": 1}', lease => '1 h', ttl => '3 h', claim => claim_of(2));
 SELECT * FROM record;
 SELECT created_at = :'created_at' AS created,
        expires_at BETWEEN lease_expires_at + ttl AND lease_expires_at + ttl * 9 / 8 AS expires
@@ -225,8 +236,8 @@ SELECT outcome, is_rest_of(retry_after, '1 h') AS rest FROM idempotency_try_begi
 SELECT error_of($$ SELECT idempotency_begin('t', 'a', 'k', '{"amount": 1}') $$);
 -- and so on
 CALL run_out();
-SELECT outcome, attempt, recovery_point FROM idempotency_begin('t', 'a', 'k', lease => '1 h');
-SELECT idempotency_finish('t', 'a', 'k', 200, '"done"', attempt => 3);
+SELECT outcome, attempt, recovery_point FROM idempotency_begin('t', 'a', 'k', lease => '1 h', claim => claim_of(3));
+SELECT idempotency_finish('t', 'a', 'k', 200, '"done"', claim => claim_of(3));
 SELECT * FROM record;
 SELECT created_at = :'created_at' AS created FROM idempotency_key;
 SELECT outcome, response, attempt, created_at = :'created_at' AS created
@@ -256,78 +267,84 @@ TRUNCATE idempotency_key;
 SELECT attempt FROM idempotency_begin('t', 'a', 'k', lease => '1 h');
 SELECT outcome FROM idempotency_try_begin('t', 'a', 'k', '{"amount": 1}');
 CALL run_out();
-SELECT attempt FROM idempotency_begin('t', 'a', 'k', request_hash => sha256('x'), lease => '1 h');
+SELECT attempt FROM idempotency_begin('t', 'a', 'k', request_hash => sha256('x'), lease => '1 h', claim => claim_of(2));
 SELECT outcome FROM idempotency_try_begin('t', 'a', 'k', '{"amount": 1}');
 SELECT outcome FROM idempotency_try_begin('t', 'a', 'k', request_hash => sha256('x'));
-SELECT idempotency_finish('t', 'a', 'k', attempt => 2);
+SELECT idempotency_finish('t', 'a', 'k', claim => claim_of(2));
 SELECT outcome FROM idempotency_try_begin('t', 'a', 'k', '{"amount": 1}');
 SELECT outcome FROM idempotency_try_begin('t', 'a', 'k', request_hash => sha256('x'));
 TRUNCATE idempotency_key;
 
 --
--- A released claim: the next repeat runs at once, whatever its request
+-- A released claim: the next repeat runs at once, and goes on where that one was
 --
-SELECT attempt FROM idempotency_begin('t', 'a', 'k', '{"amount": 1}', lease => '1 h');
-SELECT idempotency_checkpoint('t', 'a', 'k', 1, 'charged', '{"charge": "ch_1"}') IS NOT NULL AS renewed;
-SELECT idempotency_release('t', 'a', 'k', attempt => 1);
--- nothing is kept but the attempt number
+SELECT attempt FROM idempotency_begin('t', 'a', 'k', '{"amount": 1}', lease => '1 h', claim => claim_of(1));
+SELECT idempotency_checkpoint('t', 'a', 'k', claim_of(1), 'charged', '{"charge": "ch_1"}') IS NOT NULL AS renewed;
+SELECT idempotency_release('t', 'a', 'k', claim => claim_of(1));
+-- all of it is kept, but nobody holds it, and there is nothing to replay
 SELECT * FROM record;
 SELECT count(*) FROM idempotency_in_flight;
 SELECT count(*) FROM idempotency_stalled;
-SELECT r IS NULL AS nothing FROM idempotency_replay('t', 'a', 'k') r;
+SELECT r IS NULL AS nothing FROM idempotency_replay('t', 'a', 'k', '{"amount": 1}') r;
+-- a different request is one as before
+SELECT outcome FROM idempotency_try_begin('t', 'a', 'k', '{"amount": 2}', lease => '1 h');
+SELECT outcome FROM idempotency_try_begin('t', 'a', 'k', '{"amount": 2}');
+SELECT error_of($$ SELECT idempotency_begin('t', 'a', 'k', '{"amount": 2}') $$);
+SELECT error_of($$ SELECT idempotency_replay('t', 'a', 'k', '{"amount": 2}') $$);
 SELECT outcome, attempt, recovery_point, recovery_state
-FROM idempotency_begin('t', 'a', 'k', '{"amount": 2}', lease => '1 h');
-SELECT outcome FROM idempotency_try_begin('t', 'a', 'k', '{"amount": 1}');
+FROM idempotency_begin('t', 'a', 'k', '{"amount": 1}', lease => '1 h', claim => claim_of(2));
+SELECT outcome FROM idempotency_try_begin('t', 'a', 'k', '{"amount": 2}');
 -- released by a status that may be retried
-SELECT idempotency_finish('t', 'a', 'k', 503, '"try again later"', attempt => 2);
+SELECT idempotency_finish('t', 'a', 'k', 503, '"try again later"', claim => claim_of(2));
 SELECT * FROM record;
-SELECT outcome, attempt, recovery_point FROM idempotency_begin('t', 'a', 'k', '{"amount": 1}', lease => '1 h');
+SELECT outcome, attempt, recovery_point FROM idempotency_begin('t', 'a', 'k', '{"amount": 1}', lease => '1 h', claim => claim_of(3));
 -- and begun again in the transaction that released it
 BEGIN;
-SELECT idempotency_release('t', 'a', 'k', attempt => 3);
-SELECT outcome, attempt FROM idempotency_begin('t', 'a', 'k', lease => '1 h');
-SELECT idempotency_release('t', 'a', 'k', attempt => 4);
-SELECT outcome, attempt FROM idempotency_begin('t', 'a', 'k', lease => '1 h');
+SELECT idempotency_release('t', 'a', 'k', claim => claim_of(3));
+SELECT outcome, attempt FROM idempotency_begin('t', 'a', 'k', lease => '1 h', claim => claim_of(4));
+SELECT idempotency_release('t', 'a', 'k', claim => claim_of(4));
+SELECT outcome, attempt FROM idempotency_begin('t', 'a', 'k', lease => '1 h', claim => claim_of(5));
 SELECT error_of($$ SELECT idempotency_begin('t', 'a', 'k') $$);
 COMMIT;
 SELECT * FROM record;
--- by a transaction claim, which leaves nothing either when it is released
-SELECT idempotency_release('t', 'a', 'k', attempt => 5);
+-- by a transaction claim, which keeps it as well when it is released
+SELECT idempotency_release('t', 'a', 'k', claim => claim_of(5));
 BEGIN;
-SELECT outcome, attempt FROM idempotency_begin('t', 'a', 'k', '{"amount": 1}');
+SELECT outcome, attempt, recovery_point, recovery_state FROM idempotency_begin('t', 'a', 'k', '{"amount": 1}');
 SELECT idempotency_finish('t', 'a', 'k', 503);
 COMMIT;
 SELECT * FROM record;
 BEGIN;
-SELECT outcome, attempt FROM idempotency_begin('t', 'a', 'k', '{"amount": 2}');
+SELECT outcome, attempt, recovery_point FROM idempotency_begin('t', 'a', 'k', '{"amount": 1}');
 SELECT idempotency_release('t', 'a', 'k');
-SELECT outcome, attempt FROM idempotency_begin('t', 'a', 'k', '{"amount": 3}');
+SELECT outcome FROM idempotency_try_begin('t', 'a', 'k', '{"amount": 2}');
+SELECT outcome, attempt, recovery_point FROM idempotency_begin('t', 'a', 'k', '{"amount": 1}');
 SELECT idempotency_finish('t', 'a', 'k', 404, '"not found"');
 COMMIT;
 SELECT * FROM record;
 TRUNCATE idempotency_key;
 
 --
--- A pending record whose time is over counts as absent; its attempt numbers
--- go on
+-- A pending record whose time is over counts as absent: the next attempt is the
+-- first one
 --
-SELECT attempt FROM idempotency_begin('t', 'a', 'k', '{"amount": 1}', lease => '1 h');
-SELECT idempotency_checkpoint('t', 'a', 'k', 1, 'charged', '{"charge": "ch_1"}') IS NOT NULL AS renewed;
+SELECT attempt FROM idempotency_begin('t', 'a', 'k', '{"amount": 1}', lease => '1 h', claim => claim_of(1));
+SELECT idempotency_checkpoint('t', 'a', 'k', claim_of(1), 'charged', '{"charge": "ch_1"}') IS NOT NULL AS renewed;
 UPDATE idempotency_key SET lease_expires_at = now() - interval '2 h', expires_at = now() - interval '1 h',
     created_at = now() - interval '3 h';
 SELECT count(*) FROM idempotency_in_flight;
 SELECT count(*) FROM idempotency_stalled;
 SELECT r IS NULL AS nothing FROM idempotency_replay('t', 'a', 'k') r;
--- the old attempt has lost it
-SELECT error_of($$ SELECT idempotency_finish('t', 'a', 'k', attempt => 1) $$);
-SELECT error_of($$ SELECT idempotency_checkpoint('t', 'a', 'k', 1, 'later') $$);
-SELECT error_of($$ SELECT idempotency_release('t', 'a', 'k', attempt => 1) $$);
+-- who had it has lost it
+SELECT error_of($$ SELECT idempotency_finish('t', 'a', 'k', claim => claim_of(1)) $$);
+SELECT error_of($$ SELECT idempotency_checkpoint('t', 'a', 'k', claim_of(1), 'later') $$);
+SELECT error_of($$ SELECT idempotency_release('t', 'a', 'k', claim => claim_of(1)) $$);
 SELECT error_of($$ SELECT idempotency_finish('t', 'a', 'k') $$);
-SELECT idempotency_release('t', 'a', 'k');
+SELECT error_of($$ SELECT idempotency_release('t', 'a', 'k') $$);
 SELECT outcome, attempt, recovery_point, recovery_state, created_at > now() - interval '1 h' AS created_now
-FROM idempotency_begin('t', 'a', 'k', '{"amount": 2}', lease => '1 h');
+FROM idempotency_begin('t', 'a', 'k', '{"amount": 2}', lease => '1 h', claim => claim_of(2));
 SELECT * FROM record;
-SELECT error_of($$ SELECT idempotency_finish('t', 'a', 'k', attempt => 1) $$);
+SELECT error_of($$ SELECT idempotency_finish('t', 'a', 'k', claim => claim_of(1)) $$);
 -- a transaction claim replaces it, or leaves it as it was
 UPDATE idempotency_key SET lease_expires_at = now() - interval '2 h', expires_at = now() - interval '1 h';
 BEGIN;
@@ -340,10 +357,10 @@ SELECT outcome, attempt, recovery_point FROM idempotency_begin('t', 'a', 'k', '{
 SELECT idempotency_finish('t', 'a', 'k', 200, '"anew"');
 COMMIT;
 SELECT key, state, response, attempt, lease, ttl FROM record;
-SELECT error_of($$ SELECT idempotency_finish('t', 'a', 'k', attempt => 2) $$);
+SELECT error_of($$ SELECT idempotency_finish('t', 'a', 'k', claim => claim_of(2)) $$);
 -- the same with an answer whose time is over
 UPDATE idempotency_key SET expires_at = now(), attempt = 5;
-SELECT outcome, attempt, recovery_point FROM idempotency_begin('t', 'a', 'k', lease => '1 h');
+SELECT outcome, attempt, recovery_point FROM idempotency_begin('t', 'a', 'k', lease => '1 h', claim => claim_of(3));
 SELECT * FROM record;
 -- one that somebody has locked is in flight for a lease, as it would have to
 -- wait, and left to finish by a transaction claim
@@ -365,9 +382,9 @@ TRUNCATE idempotency_key;
 --
 -- Takeover by a transaction claim
 --
-SELECT attempt FROM idempotency_begin('t', 'a', 'k', '{"amount": 1}', lease => '1 h', ttl => '2 h');
+SELECT attempt FROM idempotency_begin('t', 'a', 'k', '{"amount": 1}', lease => '1 h', ttl => '2 h', claim => claim_of(1));
 SELECT created_at FROM idempotency_key \gset
-SELECT idempotency_checkpoint('t', 'a', 'k', 1, 'charged', '{"charge": "ch_1"}') IS NOT NULL AS renewed;
+SELECT idempotency_checkpoint('t', 'a', 'k', claim_of(1), 'charged', '{"charge": "ch_1"}') IS NOT NULL AS renewed;
 CALL run_out();
 -- rolled back: stalled as it was
 BEGIN;
@@ -388,14 +405,14 @@ BEGIN;
 SELECT outcome, attempt FROM idempotency_begin('t', 'a', 'k');
 SELECT idempotency_release('t', 'a', 'k');
 SELECT locks();
-SELECT idempotency_release('t', 'a', 'other');
+SELECT error_of($$ SELECT idempotency_release('t', 'a', 'other') $$);
 COMMIT;
 SELECT * FROM record;
 SELECT key, attempt, recovery_point FROM idempotency_stalled;
 -- and again in the same transaction
 BEGIN;
 SELECT outcome, attempt FROM idempotency_begin('t', 'a', 'k');
-SELECT idempotency_release('t', 'a', 'k', attempt => 3);
+SELECT idempotency_release('t', 'a', 'k');
 SELECT outcome, attempt, recovery_point FROM idempotency_begin('t', 'a', 'k');
 SELECT idempotency_finish('t', 'a', 'k', 503);
 COMMIT;
@@ -407,22 +424,22 @@ SELECT outcome, attempt FROM idempotency_begin('t', 'a', 'k');
 ROLLBACK TO s;
 SELECT * FROM record;
 SELECT outcome, attempt FROM idempotency_begin('t', 'a', 'k', '{"amount": 1}', ttl => '3 h');
--- the attempt may be named, and must be the right one then
-SELECT error_of($$ SELECT idempotency_finish('t', 'a', 'k', attempt => 1) $$);
-SELECT error_of($$ SELECT idempotency_release('t', 'a', 'k', attempt => 6) $$);
+-- it has no id, so that an id is that of another one
+SELECT error_of($$ SELECT idempotency_finish('t', 'a', 'k', claim => claim_of(1)) $$);
+SELECT error_of($$ SELECT idempotency_release('t', 'a', 'k', claim => claim_of(2)) $$);
 SAVEPOINT s;
 SELECT idempotency_finish('t', 'a', 'k', 200, '"undone"');
 SELECT state, response FROM record;
 ROLLBACK TO s;
 SELECT * FROM record;
-SELECT idempotency_finish('t', 'a', 'k', 201, '"done"', attempt => 5);
+SELECT idempotency_finish('t', 'a', 'k', 201, '"done"');
 SELECT outcome, response, attempt FROM idempotency_begin('t', 'a', 'k', '{"amount": 1}');
 COMMIT;
 SELECT * FROM record;
 SELECT created_at = :'created_at' AS created, expires_at - finished_at AS kept_for FROM idempotency_key;
 SELECT outcome, response, created_at = :'created_at' AS created FROM idempotency_begin('t', 'a', 'k', '{"amount": 1}');
 -- it is not the record of a leased claim any more
-SELECT error_of($$ SELECT idempotency_finish('t', 'a', 'k', 201, '"done"', attempt => 5) $$);
+SELECT error_of($$ SELECT idempotency_finish('t', 'a', 'k', 201, '"done"', claim => claim_of(1)) $$);
 TRUNCATE idempotency_key;
 
 --
@@ -430,41 +447,41 @@ TRUNCATE idempotency_key;
 --
 BEGIN;
 SAVEPOINT s;
-SELECT outcome, attempt FROM idempotency_begin('t', 'a', 'k', lease => '1 h');
+SELECT outcome, attempt FROM idempotency_begin('t', 'a', 'k', lease => '1 h', claim => claim_of(1));
 ROLLBACK TO s;
 SELECT count(*) FROM idempotency_key;
 SELECT count(*) FROM idempotency_in_flight;
-SELECT outcome, attempt FROM idempotency_begin('t', 'a', 'k', lease => '1 h');
+SELECT outcome, attempt FROM idempotency_begin('t', 'a', 'k', lease => '1 h', claim => claim_of(1));
 RELEASE s;
 SAVEPOINT s;
-SELECT idempotency_checkpoint('t', 'a', 'k', 1, 'one') IS NOT NULL AS renewed;
+SELECT idempotency_checkpoint('t', 'a', 'k', claim_of(1), 'one') IS NOT NULL AS renewed;
 SAVEPOINT s2;
-SELECT idempotency_checkpoint('t', 'a', 'k', 1, 'two') IS NOT NULL AS renewed;
-SELECT idempotency_finish('t', 'a', 'k', 200, '"undone"', attempt => 1);
+SELECT idempotency_checkpoint('t', 'a', 'k', claim_of(1), 'two') IS NOT NULL AS renewed;
+SELECT idempotency_finish('t', 'a', 'k', 200, '"undone"', claim => claim_of(1));
 SELECT state, response, point FROM record;
 ROLLBACK TO s2;
 -- pending again, and held again by this transaction
 SELECT state, response, point FROM record;
 SELECT error_of($$ SELECT idempotency_begin('t', 'a', 'k') $$);
-SELECT idempotency_release('t', 'a', 'k', attempt => 1);
-SELECT outcome, attempt FROM idempotency_begin('t', 'a', 'k', lease => '1 h');
+SELECT idempotency_release('t', 'a', 'k', claim => claim_of(1));
+SELECT outcome, attempt FROM idempotency_begin('t', 'a', 'k', lease => '1 h', claim => claim_of(2));
 ROLLBACK TO s2;
 SELECT state, attempt, point FROM record;
 ROLLBACK TO s;
 SELECT state, attempt, point FROM record;
-SELECT idempotency_finish('t', 'a', 'k', 200, '"done"', attempt => 1);
+SELECT idempotency_finish('t', 'a', 'k', 200, '"done"', claim => claim_of(1));
 COMMIT;
 SELECT state, attempt, response FROM record;
 TRUNCATE idempotency_key;
 -- the same over transactions
-SELECT attempt FROM idempotency_begin('t', 'a', 'k', lease => '1 h');
+SELECT attempt FROM idempotency_begin('t', 'a', 'k', lease => '1 h', claim => claim_of(1));
 BEGIN;
 SAVEPOINT s;
-SELECT idempotency_finish('t', 'a', 'k', 200, '"undone"', attempt => 1);
+SELECT idempotency_finish('t', 'a', 'k', 200, '"undone"', claim => claim_of(1));
 ROLLBACK TO s;
-SELECT idempotency_release('t', 'a', 'k', attempt => 1);
+SELECT idempotency_release('t', 'a', 'k', claim => claim_of(1));
 ROLLBACK TO s;
-SELECT idempotency_finish('t', 'a', 'k', 402, '"no funds"', attempt => 1);
+SELECT idempotency_finish('t', 'a', 'k', 402, '"no funds"', claim => claim_of(1));
 COMMIT;
 SELECT state, attempt, response FROM record;
 TRUNCATE idempotency_key;
@@ -477,23 +494,25 @@ SELECT outcome, attempt FROM idempotency_begin('t', 'a', 'k', '{"amount": 1}', l
 PREPARE TRANSACTION 'begin';
 -- what it wrote cannot be seen, but the claim is known
 SELECT outcome, retry_after FROM idempotency_try_begin('t', 'a', 'k', '{"amount": 1}');
+SELECT outcome, claim, attempt, retry_after FROM idempotency_replay('t', 'a', 'k', '{"amount": 1}');
+SELECT error_of($$ SELECT idempotency_replay('t', 'a', 'k', '{"amount": 2}') $$);
 SELECT outcome FROM idempotency_try_begin('t', 'a', 'k', '{"amount": 2}', lease => '1 h');
-SELECT pid, key, attempt, is_rest_of(lease_expires_at - clock_timestamp(), '1 h') AS rest FROM idempotency_in_flight;
+SELECT pid, key, attempt, lease_expires_at - clock_timestamp() BETWEEN '58 min' AND '1 h' AS rest FROM idempotency_in_flight;
 ROLLBACK PREPARED 'begin';
 SELECT count(*) FROM idempotency_in_flight;
 BEGIN;
-SELECT outcome, attempt FROM idempotency_begin('t', 'a', 'k', '{"amount": 1}', lease => '1 h');
+SELECT outcome, attempt FROM idempotency_begin('t', 'a', 'k', '{"amount": 1}', lease => '1 h', claim => claim_of(1));
 PREPARE TRANSACTION 'begin';
 COMMIT PREPARED 'begin';
-SELECT pid, key, attempt, is_rest_of(lease_expires_at - clock_timestamp(), '1 h') AS rest FROM idempotency_in_flight;
+SELECT pid, key, attempt, lease_expires_at - clock_timestamp() BETWEEN '58 min' AND '1 h' AS rest FROM idempotency_in_flight;
 SELECT outcome, is_rest_of(retry_after, '1 h') AS rest FROM idempotency_try_begin('t', 'a', 'k', '{"amount": 1}');
 -- a finish that is prepared: in flight, also when the lease is over
 BEGIN;
-SELECT idempotency_checkpoint('t', 'a', 'k', 1, 'charged', NULL, '1 ms') IS NOT NULL AS renewed;
+SELECT idempotency_checkpoint('t', 'a', 'k', claim_of(1), 'charged', NULL, '1 ms') IS NOT NULL AS renewed;
 COMMIT;
 SELECT pg_sleep(0.01);
 BEGIN;
-SELECT idempotency_finish('t', 'a', 'k', 200, '"prepared"', attempt => 1);
+SELECT idempotency_finish('t', 'a', 'k', 200, '"prepared"', claim => claim_of(1));
 PREPARE TRANSACTION 'finish';
 SELECT key FROM idempotency_stalled;
 SELECT outcome, retry_after FROM idempotency_try_begin('t', 'a', 'k', '{"amount": 1}');
@@ -504,15 +523,15 @@ SELECT locks();
 ROLLBACK PREPARED 'finish';
 -- it did not come to anything, so the claim is taken over
 BEGIN;
-SELECT outcome, attempt, recovery_point FROM idempotency_begin('t', 'a', 'k', lease => '1 ms');
+SELECT outcome, attempt, recovery_point FROM idempotency_begin('t', 'a', 'k', lease => '1 ms', claim => claim_of(2));
 PREPARE TRANSACTION 'takeover';
 SELECT pg_sleep(0.01);
 SELECT outcome, retry_after FROM idempotency_try_begin('t', 'a', 'k', lease => '1 h');
 SELECT outcome FROM idempotency_try_begin('t', 'a', 'k', '{"amount": 2}');
 COMMIT PREPARED 'takeover';
-SELECT outcome, attempt, recovery_point FROM idempotency_begin('t', 'a', 'k', lease => '1 h');
+SELECT outcome, attempt, recovery_point FROM idempotency_begin('t', 'a', 'k', lease => '1 h', claim => claim_of(3));
 BEGIN;
-SELECT idempotency_finish('t', 'a', 'k', 200, '"prepared"', attempt => 3);
+SELECT idempotency_finish('t', 'a', 'k', 200, '"prepared"', claim => claim_of(3));
 PREPARE TRANSACTION 'finish';
 SELECT outcome, is_rest_of(retry_after, '1 h') AS rest FROM idempotency_try_begin('t', 'a', 'k', lease => '1 h');
 COMMIT PREPARED 'finish';
@@ -527,19 +546,19 @@ TRUNCATE idempotency_key;
 CREATE FUNCTION bounds(ttl interval, lease interval, renewed interval, OUT pending text, OUT completed text, OUT errored interval)
 LANGUAGE plpgsql AS $$
 BEGIN
-    PERFORM idempotency_begin('t', 'a', 'k' || i, ttl => bounds.ttl, lease => bounds.lease)
+    PERFORM idempotency_begin('t', 'a', 'k' || i, ttl => bounds.ttl, lease => bounds.lease, claim => claim_of(1))
     FROM generate_series(1, 2) i;
     SELECT CASE WHEN count(*) = 2 THEN 'within bounds' END INTO pending FROM idempotency_key k
     WHERE k.expires_at BETWEEN lease_expires_at + bounds.ttl AND lease_expires_at + bounds.ttl * 9 / 8
       AND k.ttl = bounds.ttl AND lease_expires_at = created_at + bounds.lease;
     IF renewed IS NOT NULL THEN
-        PERFORM idempotency_checkpoint('t', 'a', 'k' || i, 1, 'p', NULL, renewed) FROM generate_series(1, 2) i;
+        PERFORM idempotency_checkpoint('t', 'a', 'k' || i, claim_of(1), 'p', NULL, renewed) FROM generate_series(1, 2) i;
         -- never less than ttl after the lease
         SELECT pending || CASE WHEN count(*) = 2 THEN ', renewed' END INTO pending FROM idempotency_key k
         WHERE k.expires_at >= lease_expires_at + bounds.ttl;
     END IF;
-    PERFORM idempotency_finish('t', 'a', 'k1', attempt => 1);
-    PERFORM idempotency_finish('t', 'a', 'k2', 402, attempt => 1);
+    PERFORM idempotency_finish('t', 'a', 'k1', claim => claim_of(1));
+    PERFORM idempotency_finish('t', 'a', 'k2', 402, claim => claim_of(1));
     SELECT 'within bounds' INTO completed FROM idempotency_key k
     WHERE state = 'completed' AND k.expires_at BETWEEN finished_at + bounds.ttl AND finished_at + bounds.ttl * 9 / 8;
     SELECT k.expires_at - finished_at INTO errored FROM idempotency_key k WHERE state = 'errored';
@@ -557,12 +576,12 @@ SELECT * FROM bounds('24 h', '1 h', NULL);
 RESET idempotency.error_ttl;
 -- the setting counts when it is begun, also in another session
 SET idempotency.ttl = '1h';
-SELECT attempt FROM idempotency_begin('t', 'a', 'of-setting', lease => '1 h');
-SELECT attempt FROM idempotency_begin('t', 'a', 'of-call', lease => '1 h', ttl => '10 min');
+SELECT attempt FROM idempotency_begin('t', 'a', 'of-setting', lease => '1 h', claim => claim_of(1));
+SELECT attempt FROM idempotency_begin('t', 'a', 'of-call', lease => '1 h', ttl => '10 min', claim => claim_of(1));
 RESET idempotency.ttl;
 \c -
 SELECT key, ttl FROM idempotency_key ORDER BY key;
-SELECT idempotency_finish('t', 'a', 'of-setting', attempt => 1), idempotency_finish('t', 'a', 'of-call', attempt => 1);
+SELECT idempotency_finish('t', 'a', 'of-setting', claim => claim_of(1)), idempotency_finish('t', 'a', 'of-call', claim => claim_of(1));
 SELECT key, expires_at - finished_at BETWEEN '1 h' AND '1 h 7.5 min' AS an_hour,
        expires_at - finished_at BETWEEN '10 min' AND '11.25 min' AS ten_minutes, ttl
 FROM idempotency_key ORDER BY key;
@@ -571,18 +590,18 @@ TRUNCATE idempotency_key;
 --
 -- The sweep leaves alone what may be finished or taken over
 --
-SELECT attempt FROM idempotency_begin('t', 'a', 'held', lease => '1 h');
-SELECT attempt FROM idempotency_begin('t', 'a', 'stalled', lease => '1 ms');
-SELECT attempt FROM idempotency_begin('t', 'a', 'released', lease => '1 h');
-SELECT idempotency_release('t', 'a', 'released', attempt => 1);
-SELECT attempt FROM idempotency_begin('t', 'a', 'expired', lease => '1 ms');
+SELECT attempt FROM idempotency_begin('t', 'a', 'held', lease => '1 h', claim => claim_of(1));
+SELECT attempt FROM idempotency_begin('t', 'a', 'stalled', lease => '1 ms', claim => claim_of(1));
+SELECT attempt FROM idempotency_begin('t', 'a', 'released', lease => '1 h', claim => claim_of(1));
+SELECT idempotency_release('t', 'a', 'released', claim => claim_of(1));
+SELECT attempt FROM idempotency_begin('t', 'a', 'expired', lease => '1 ms', claim => claim_of(1));
 SELECT pg_sleep(0.01);
 UPDATE idempotency_key SET expires_at = clock_timestamp() WHERE key = 'expired';
 CALL idempotency_sweep();
 SELECT key FROM idempotency_key ORDER BY key;
 SELECT key FROM idempotency_in_flight;
 SELECT key FROM idempotency_stalled;
-SELECT idempotency_finish('t', 'a', 'held', attempt => 1), idempotency_finish('t', 'a', 'stalled', attempt => 1);
+SELECT idempotency_finish('t', 'a', 'held', claim => claim_of(1)), idempotency_finish('t', 'a', 'stalled', claim => claim_of(1));
 SELECT outcome, attempt FROM idempotency_begin('t', 'a', 'released', lease => '1 h');
 -- after the sweep nothing is known of it
 SELECT outcome, attempt FROM idempotency_begin('t', 'a', 'expired', lease => '1 h');
@@ -612,25 +631,25 @@ RESET idempotency.lease;
 -- At each isolation level
 --
 BEGIN ISOLATION LEVEL REPEATABLE READ;
-SELECT outcome, attempt FROM idempotency_begin('t', 'a', 'k', lease => '1 h');
-SELECT idempotency_checkpoint('t', 'a', 'k', 1, 'one') IS NOT NULL AS renewed;
+SELECT outcome, attempt FROM idempotency_begin('t', 'a', 'k', lease => '1 h', claim => claim_of(1));
+SELECT idempotency_checkpoint('t', 'a', 'k', claim_of(1), 'one') IS NOT NULL AS renewed;
 COMMIT;
 BEGIN ISOLATION LEVEL SERIALIZABLE;
 -- the checkpoint was for the time of the setting
 SELECT outcome, is_rest_of(retry_after, '30 min') AS rest FROM idempotency_try_begin('t', 'a', 'k');
-SELECT idempotency_checkpoint('t', 'a', 'k', 1, 'two', NULL, '1 ms') IS NOT NULL AS renewed;
+SELECT idempotency_checkpoint('t', 'a', 'k', claim_of(1), 'two', NULL, '1 ms') IS NOT NULL AS renewed;
 COMMIT;
 SELECT pg_sleep(0.01);
 BEGIN ISOLATION LEVEL SERIALIZABLE;
-SELECT outcome, attempt, recovery_point FROM idempotency_begin('t', 'a', 'k', lease => '1 h');
-SELECT idempotency_finish('t', 'a', 'k', 200, '"done"', attempt => 2);
+SELECT outcome, attempt, recovery_point FROM idempotency_begin('t', 'a', 'k', lease => '1 h', claim => claim_of(2));
+SELECT idempotency_finish('t', 'a', 'k', 200, '"done"', claim => claim_of(2));
 SELECT outcome, response FROM idempotency_begin('t', 'a', 'k', lease => '1 h');
 COMMIT;
 BEGIN ISOLATION LEVEL REPEATABLE READ;
 SELECT outcome, response FROM idempotency_begin('t', 'a', 'k', lease => '1 h');
 COMMIT;
 
-DROP FUNCTION is_rest_of, error_of, locks, bounds;
+DROP FUNCTION claim_of, is_rest_of, error_of, locks, bounds;
 DROP PROCEDURE run_out;
 DROP VIEW record;
 DROP EXTENSION idempotency;

@@ -15,8 +15,8 @@ SELECT outcome FROM idempotency_begin('t', 'a', 'lease', '{}');
 SELECT outcome FROM idempotency_try_begin('t', 'a', 'lease', '[]');
 SELECT outcome FROM idempotency_begin('t', 'a', 'lease', '[]');
 UPDATE idempotency_key SET lease_expires_at = clock_timestamp();
-SELECT outcome FROM idempotency_begin('t', 'a', 'lease', '{}', lease => '1 hour');
-SELECT idempotency_finish('t', 'a', 'lease', attempt => 2);
+SELECT outcome FROM idempotency_begin('t', 'a', 'lease', '{}', lease => '1 hour', claim => '00000000-0000-0000-0000-000000000002');
+SELECT idempotency_finish('t', 'a', 'lease', claim => '00000000-0000-0000-0000-000000000002');
 SELECT outcome FROM idempotency_begin('t', 'a', 'lease', '{}');
 
 -- a rollback takes back only what would have come of it

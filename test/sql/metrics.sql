@@ -13,6 +13,10 @@ CREATE FUNCTION counts(name text) RETURNS text LANGUAGE sql AS $$
     WHERE s.action = counts.name AND o.name = c.key AND value <> '0'
 $$;
 
+-- ids of claims
+CREATE FUNCTION claim_of(n int) RETURNS uuid LANGUAGE sql IMMUTABLE AS
+$$ SELECT ('00000000-0000-0000-0000-' || lpad(n::text, 12, '0'))::uuid $$;
+
 -- nothing was counted yet
 SELECT counts('metrics.claim');
 
@@ -30,6 +34,12 @@ SELECT outcome FROM idempotency_replay('t', 'metrics.claim', 'a', '{"n": 1}');
 SELECT outcome FROM idempotency_replay('t', 'metrics.claim', 'none');
 SELECT outcome FROM idempotency_try_begin('t', 'metrics.claim', 'a', '{"n": 2}');
 SELECT counts('metrics.claim');
+-- a look at a request in flight is not a repeat of it
+BEGIN;
+SELECT outcome FROM idempotency_begin('t', 'metrics.look', 'a');
+SELECT outcome FROM idempotency_replay('t', 'metrics.look', 'a');
+SELECT counts('metrics.look');
+ROLLBACK;
 
 -- errors count too, though they undo the transaction
 SELECT outcome FROM idempotency_begin('t', 'metrics.claim', 'a', '{"n": 2}');
@@ -59,7 +69,9 @@ SELECT counts('metrics.end');
 SELECT idempotency_finish('t', 'metrics.end', 'errored', 404);
 SELECT idempotency_finish('t', 'metrics.end', 'released', 503);
 SELECT idempotency_release('t', 'metrics.end', 'given');
+SAVEPOINT s;
 SELECT idempotency_release('t', 'metrics.end', 'given');
+ROLLBACK TO s;
 SELECT counts('metrics.end');
 SELECT idempotency_release('t', 'metrics.end', 'lost');
 COMMIT;
@@ -97,33 +109,48 @@ COMMIT PREPARED 'metrics';
 SELECT counts('metrics.prepared');
 
 -- Leased claims
-SELECT outcome, attempt FROM idempotency_begin('t', 'metrics.lease', 'a', lease => '1 hour');
+SELECT outcome, attempt FROM idempotency_begin('t', 'metrics.lease', 'a', lease => '1 hour', claim => claim_of(1));
+-- who asks for a claim again has not started anything
+SELECT outcome, attempt FROM idempotency_begin('t', 'metrics.lease', 'a', lease => '1 hour', claim => claim_of(1));
+SELECT counts('metrics.lease');
 SELECT outcome FROM idempotency_try_begin('t', 'metrics.lease', 'a');
+SELECT outcome FROM idempotency_replay('t', 'metrics.lease', 'a');
 UPDATE idempotency_key SET lease_expires_at = clock_timestamp() WHERE action = 'metrics.lease';
-SELECT outcome, attempt FROM idempotency_begin('t', 'metrics.lease', 'a', lease => '1 hour');
+SELECT outcome FROM idempotency_replay('t', 'metrics.lease', 'a');
+SELECT counts('metrics.lease');
+SELECT outcome, attempt FROM idempotency_begin('t', 'metrics.lease', 'a', lease => '1 hour', claim => claim_of(2));
 SELECT counts('metrics.lease');
 BEGIN;
-SELECT idempotency_finish('t', 'metrics.lease', 'a', 200, attempt => 2);
+SELECT idempotency_finish('t', 'metrics.lease', 'a', 200, claim => claim_of(2));
 ROLLBACK;
 SELECT counts('metrics.lease');
-SELECT idempotency_finish('t', 'metrics.lease', 'a', 200, attempt => 2);
+SELECT idempotency_finish('t', 'metrics.lease', 'a', 200, claim => claim_of(2));
 -- which a caller may ask for again
-SELECT idempotency_finish('t', 'metrics.lease', 'a', 200, attempt => 2);
+SELECT idempotency_finish('t', 'metrics.lease', 'a', 200, claim => claim_of(2));
 SELECT counts('metrics.lease');
-SELECT outcome FROM idempotency_begin('t', 'metrics.lease', 'b', lease => '1 hour');
-SELECT idempotency_release('t', 'metrics.lease', 'b', attempt => 1);
-SELECT idempotency_release('t', 'metrics.lease', 'b', attempt => 1);
+SELECT outcome FROM idempotency_begin('t', 'metrics.lease', 'b', lease => '1 hour', claim => claim_of(3));
+SELECT idempotency_release('t', 'metrics.lease', 'b', claim => claim_of(3));
+SELECT idempotency_release('t', 'metrics.lease', 'b', claim => claim_of(3));
 -- a claim that was released was not taken over
 SELECT outcome, attempt FROM idempotency_begin('t', 'metrics.lease', 'b', lease => '1 hour');
 SELECT counts('metrics.lease');
 
--- run, and first_seen
+-- run, store, and first_seen
 CREATE FUNCTION work(request jsonb) RETURNS jsonb LANGUAGE sql AS 'SELECT request';
 CREATE FUNCTION fail(request jsonb) RETURNS jsonb LANGUAGE plpgsql AS 'BEGIN RAISE ''no''; END';
 SELECT outcome FROM idempotency_run('t', 'metrics.run', 'a', '1', 'work(jsonb)');
 SELECT outcome FROM idempotency_run('t', 'metrics.run', 'a', '1', 'work(jsonb)');
 SELECT outcome FROM idempotency_run('t', 'metrics.run', 'b', '1', 'fail(jsonb)');
+SELECT outcome FROM idempotency_try_run('t', 'metrics.run', 'a', '2', 'work(jsonb)');
 SELECT counts('metrics.run');
+SELECT outcome FROM idempotency_store('t', 'metrics.store', 'a', '1', 404);
+SELECT outcome FROM idempotency_store('t', 'metrics.store', 'a', '1', 404);
+SELECT outcome FROM idempotency_store('t', 'metrics.store', 'a', '2', 404);
+SELECT outcome FROM idempotency_store('t', 'metrics.store', 'b', '1', 503);
+SELECT counts('metrics.store');
+-- what is forgotten was counted, and is not swept
+SELECT idempotency_forget('t', 'metrics.store', 'a');
+SELECT counts('metrics.store');
 SELECT * FROM idempotency_first_seen('t', 'metrics.first_seen', '{a,b,a,c}');
 SELECT * FROM idempotency_first_seen('t', 'metrics.first_seen', '{}');
 SELECT * FROM idempotency_first_seen('t', 'metrics.first_seen', '{c,d}');
@@ -200,6 +227,12 @@ CALL idempotency_sweep();
 CALL idempotency_sweep();
 SELECT flushed >= 9 AS many, differing FROM flushed_all();
 
+-- all of them under one name, that of this server and this database
+SELECT count(DISTINCT node), bool_and(node = concat_ws('/', s.system_identifier, started_at, d.oid)) AS this_one
+FROM idempotency_metric, pg_control_system() AS s, pg_database AS d,
+    CAST(extract(epoch FROM pg_postmaster_start_time() - timestamptz '2000-01-01 00:00:00+00') * 1000000 AS bigint) AS started_at
+WHERE d.datname = current_database();
+
 -- as it does when the row of this minute is there already
 SELECT idempotency_begin('t', 'metrics.claim', 'a', '{"n": 1}') IS NULL FROM generate_series(1, 5);
 CALL idempotency_sweep();
@@ -218,14 +251,14 @@ SELECT flushed >= 9 AS many, differing FROM flushed_all();
 
 -- Old rows go
 INSERT INTO idempotency_metric
-SELECT now() - age, 'metrics.old', 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, '{}', '{}'
+SELECT now() - age, 'metrics.old', 'here', 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, '{}', '{}'
 FROM unnest('{6 days 23 hours,7 days 1 hour,1 year}'::interval[]) AS age;
 CALL idempotency_sweep();
 SELECT now() - bucket < '7 days' AS young FROM idempotency_metric WHERE action = 'metrics.old';
 
 -- no more of them at a time than takes a moment
 INSERT INTO idempotency_metric
-SELECT now() - '8 days'::interval - n * '1 min'::interval, 'metrics.old', 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, '{}', '{}'
+SELECT now() - '8 days'::interval - n * '1 min'::interval, 'metrics.old', 'here', 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, '{}', '{}'
 FROM generate_series(1, 100010) AS n;
 CALL idempotency_sweep();
 SELECT count(*) FROM idempotency_metric WHERE action = 'metrics.old' AND bucket < now() - '7 days'::interval;
@@ -236,13 +269,14 @@ SELECT count(*) FROM idempotency_metric WHERE action = 'metrics.old' AND bucket 
 TRUNCATE idempotency_metric;
 SET timezone = 'UTC';
 INSERT INTO idempotency_metric
-SELECT bucket, action, started, replayed, in_flight, 1000, 0, 0, 0, 0, 0, 0, 0, 0, 0, '{}', '{}'
+SELECT bucket, action, node, started, replayed, in_flight, 1000, 0, 0, 0, 0, 0, 0, 0, 0, 0, '{}', '{}'
 FROM (VALUES
-    ('2026-01-01 00:00 UTC'::timestamptz, 'a', 60, 1, 1),
-    ('2026-01-01 23:59 UTC', 'a', 40, 1, 1),
-    ('2026-01-01 12:00 UTC', 'b', 100, 5, 0),
-    ('2026-01-02 00:00 UTC', 'a', 0, 1, 0),
-    ('2026-01-02 00:00 UTC', 'c', 0, 0, 0)) AS v (bucket, action, started, replayed, in_flight);
+    ('2026-01-01 00:00 UTC'::timestamptz, 'a', 'here', 60, 1, 1),
+    ('2026-01-01 23:59 UTC', 'a', 'here', 30, 1, 0),
+    ('2026-01-01 23:59 UTC', 'a', 'there', 10, 0, 1),
+    ('2026-01-01 12:00 UTC', 'b', 'here', 100, 5, 0),
+    ('2026-01-02 00:00 UTC', 'a', 'here', 0, 1, 0),
+    ('2026-01-02 00:00 UTC', 'c', 'here', 0, 0, 0)) AS v (bucket, action, node, started, replayed, in_flight);
 SELECT * FROM idempotency_replay_ratio ORDER BY day, action NULLS FIRST;
 RESET timezone;
 
@@ -296,5 +330,5 @@ SELECT idempotency_percentile('{1}', 'NaN');
 DROP OWNED BY regress_sweeper;
 DROP SCHEMA regress_hostile CASCADE;
 DROP ROLE regress_sweeper;
-DROP FUNCTION counts, work, fail, flushed_all;
+DROP FUNCTION counts, work, fail, flushed_all, claim_of;
 DROP EXTENSION idempotency;

@@ -6,20 +6,31 @@ CREATE EXTENSION idempotency;
 CREATE FUNCTION locks() RETURNS bigint LANGUAGE sql VOLATILE AS
 $$ SELECT count(*) FROM pg_locks WHERE locktype = 'userlock' AND pid = pg_backend_pid() $$;
 
--- no claim: false, and no error
+-- the SQLSTATE of a statement that fails, which is undone alone
+CREATE FUNCTION sqlstate_of(statement text) RETURNS text LANGUAGE plpgsql AS $$
+BEGIN
+    EXECUTE statement;
+    RETURN 'no error';
+EXCEPTION WHEN OTHERS THEN
+    RETURN SQLSTATE;
+END $$;
+
+-- no claim: out of order
 SELECT idempotency_release('t', 'a', 'k');
+\echo :SQLSTATE
 BEGIN;
 SELECT outcome FROM idempotency_begin('t', 'a', 'k');
 SELECT locks();
 -- another scope
-SELECT idempotency_release('t', 'a', 'k', 'user 1');
-SELECT idempotency_release('t', 'a', 'k2');
-SELECT idempotency_release('u', 'a', 'k');
+SELECT sqlstate_of($$ SELECT idempotency_release('t', 'a', 'k', 'user 1') $$);
+SELECT sqlstate_of($$ SELECT idempotency_release('t', 'a', 'k2') $$);
+SELECT sqlstate_of($$ SELECT idempotency_release('t', 'b', 'k') $$);
+SELECT sqlstate_of($$ SELECT idempotency_release('u', 'a', 'k') $$);
 SELECT locks();
 -- the claim, whose lock goes at once, and only once
 SELECT idempotency_release('t', 'a', 'k');
 SELECT locks();
-SELECT idempotency_release('t', 'a', 'k');
+SELECT sqlstate_of($$ SELECT idempotency_release('t', 'a', 'k') $$);
 SELECT idempotency_finish('t', 'a', 'k');
 \echo :SQLSTATE
 COMMIT;
@@ -38,13 +49,13 @@ SELECT idempotency_release('t', 'a', 'k');
 SELECT outcome FROM idempotency_begin('t', 'a', 'k', '{"a": 2}');
 SELECT idempotency_finish('t', 'a', 'k', 200, '"second"');
 -- what was finished cannot be released
-SELECT idempotency_release('t', 'a', 'k');
+SELECT sqlstate_of($$ SELECT idempotency_release('t', 'a', 'k') $$);
 COMMIT;
 SELECT outcome, response FROM idempotency_begin('t', 'a', 'k', '{"a": 2}');
 -- nor can what was replayed
 BEGIN;
 SELECT outcome FROM idempotency_begin('t', 'a', 'k');
-SELECT idempotency_release('t', 'a', 'k');
+SELECT sqlstate_of($$ SELECT idempotency_release('t', 'a', 'k') $$);
 COMMIT;
 SELECT outcome, response FROM idempotency_begin('t', 'a', 'k', '{"a": 2}');
 TRUNCATE idempotency_key;
@@ -52,7 +63,7 @@ TRUNCATE idempotency_key;
 -- with an actor
 BEGIN;
 SELECT outcome FROM idempotency_begin('t', 'a', 'k', actor => 'user 1');
-SELECT idempotency_release('t', 'a', 'k');
+SELECT sqlstate_of($$ SELECT idempotency_release('t', 'a', 'k') $$);
 SELECT idempotency_release('t', 'a', 'k', 'user 1');
 COMMIT;
 
@@ -75,7 +86,7 @@ SAVEPOINT s;
 SELECT idempotency_release('t', 'a', 'k');
 -- its lock is kept as long as that can happen
 SELECT locks();
-SELECT idempotency_release('t', 'a', 'k');
+SELECT sqlstate_of($$ SELECT idempotency_release('t', 'a', 'k') $$);
 ROLLBACK TO s;
 SELECT idempotency_begin('t', 'a', 'k');
 \echo :SQLSTATE
@@ -90,7 +101,7 @@ SELECT outcome FROM idempotency_begin('t', 'a', 'k');
 SELECT idempotency_release('t', 'a', 'k');
 SELECT locks();
 ROLLBACK TO s;
-SELECT idempotency_release('t', 'a', 'k');
+SELECT sqlstate_of($$ SELECT idempotency_release('t', 'a', 'k') $$);
 COMMIT;
 -- begun in a savepoint, released after it
 BEGIN;
@@ -101,5 +112,24 @@ SELECT idempotency_release('t', 'a', 'k');
 SELECT locks();
 COMMIT;
 
-DROP FUNCTION locks;
+-- a leased claim needs its id, also in the transaction that began it
+SELECT '00000000-0000-0000-0000-000000000001' AS claim \gset
+BEGIN;
+SELECT outcome FROM idempotency_begin('t', 'a', 'k', lease => '1 h', claim => :'claim');
+SELECT locks();
+SAVEPOINT s;
+SELECT idempotency_release('t', 'a', 'k');
+\echo :SQLSTATE
+ROLLBACK TO s;
+SELECT locks();
+COMMIT;
+SELECT idempotency_release('t', 'a', 'k');
+\echo :SQLSTATE
+SELECT idempotency_release('t', 'a', 'k', claim => :'claim');
+-- only this one may be released again, and that is told
+SELECT idempotency_release('t', 'a', 'k', claim => :'claim');
+SELECT idempotency_release('t', 'a', 'k');
+\echo :SQLSTATE
+
+DROP FUNCTION locks, sqlstate_of;
 DROP EXTENSION idempotency;

@@ -35,8 +35,11 @@ SELECT idempotency_try_begin('t', 'a', 'k');
 SELECT idempotency_finish('t', 'a', 'k');
 SELECT idempotency_replay('t', 'a', 'k');
 SELECT idempotency_release('t', 'a', 'k');
-SELECT idempotency_checkpoint('t', 'a', 'k', 1, 'p');
+SELECT idempotency_checkpoint('t', 'a', 'k', NULL, 'p');
 SELECT idempotency_run('t', 'a', 'k', '{}', 'jsonb_typeof(jsonb)');
+SELECT idempotency_try_run('t', 'a', 'k', '{}', 'jsonb_typeof(jsonb)');
+SELECT idempotency_store('t', 'a', 'k', '{}', 404);
+SELECT idempotency_forget('t', 'a', 'k');
 SELECT idempotency_first_seen('t', 'a', '{k}');
 SELECT idempotency_request_hash('{}');
 SELECT idempotency_event_key('a', 'b', 1);
@@ -67,28 +70,39 @@ SELECT outcome, response FROM idempotency_begin('t', 'a', 'k', '{"a": 1}');
 SELECT outcome, response FROM idempotency_replay('t', 'a', 'k');
 SELECT outcome FROM idempotency_try_begin('t', 'a', 'k', '{"a": 2}');
 -- what was not granted stays closed
-SELECT outcome, attempt FROM idempotency_begin('t', 'a', 'leased', lease => '1 h');
-SELECT idempotency_checkpoint('t', 'a', 'leased', 1, 'p');
+SELECT outcome, attempt FROM idempotency_begin('t', 'a', 'leased', lease => '1 h', claim => '00000000-0000-0000-0000-000000000001');
+SELECT idempotency_checkpoint('t', 'a', 'leased', '00000000-0000-0000-0000-000000000001', 'p');
+\echo :SQLSTATE
+SELECT idempotency_store('t', 'a', 'k', '{"a": 1}', 404);
+\echo :SQLSTATE
+SELECT idempotency_forget('t', 'a', 'k');
 \echo :SQLSTATE
 SELECT idempotency_run('t', 'a', 'k', '{"a": 1}', 'jsonb_typeof(jsonb)');
 \echo :SQLSTATE
 SELECT idempotency_first_seen('t', 'a', '{k}');
 \echo :SQLSTATE
 RESET ROLE;
-GRANT EXECUTE ON FUNCTION idempotency_checkpoint, idempotency_run, idempotency_first_seen TO regress_idempotency_app;
+GRANT EXECUTE ON FUNCTION idempotency_checkpoint, idempotency_run, idempotency_try_run, idempotency_store,
+    idempotency_first_seen TO regress_idempotency_app;
 SET ROLE regress_idempotency_app;
 -- a leased claim, from its begin to its end
-SELECT idempotency_checkpoint('t', 'a', 'leased', 1, 'charged', '{"charge": "ch_1"}', '1 ms') IS NOT NULL AS renewed;
+SELECT idempotency_checkpoint('t', 'a', 'leased', '00000000-0000-0000-0000-000000000001', 'charged', '{"charge": "ch_1"}', '1 ms') IS NOT NULL AS renewed;
 SELECT pg_sleep(0.01);
-SELECT outcome, attempt, recovery_point, recovery_state FROM idempotency_begin('t', 'a', 'leased', lease => '1 h');
+SELECT outcome, attempt, recovery_point, recovery_state
+FROM idempotency_begin('t', 'a', 'leased', lease => '1 h', claim => '00000000-0000-0000-0000-000000000002');
 SELECT outcome FROM idempotency_try_begin('t', 'a', 'leased', lease => '1 h');
-SELECT idempotency_release('t', 'a', 'leased', attempt => 1);
+SELECT outcome FROM idempotency_replay('t', 'a', 'leased');
+SELECT idempotency_release('t', 'a', 'leased', claim => '00000000-0000-0000-0000-000000000001');
 \echo :SQLSTATE
-SELECT idempotency_release('t', 'a', 'leased', attempt => 2);
-SELECT outcome, attempt, recovery_point FROM idempotency_try_begin('t', 'a', 'leased', lease => '1 h');
-SELECT idempotency_finish('t', 'a', 'leased', 200, '"done"', attempt => 3);
-SELECT idempotency_finish('t', 'a', 'leased', 200, '"done"', attempt => 3);
+SELECT idempotency_release('t', 'a', 'leased', claim => '00000000-0000-0000-0000-000000000002');
+SELECT outcome, attempt, recovery_point
+FROM idempotency_try_begin('t', 'a', 'leased', lease => '1 h', claim => '00000000-0000-0000-0000-000000000003');
+SELECT idempotency_finish('t', 'a', 'leased', 200, '"done"', claim => '00000000-0000-0000-0000-000000000003');
+SELECT idempotency_finish('t', 'a', 'leased', 200, '"done"', claim => '00000000-0000-0000-0000-000000000003');
 SELECT outcome, response FROM idempotency_begin('t', 'a', 'leased', lease => '1 h');
+-- an answer that is known already
+SELECT outcome FROM idempotency_store('t', 'a', 'known', '{"a": 1}', 404);
+SELECT outcome FROM idempotency_try_begin('t', 'a', 'known', '{"a": 1}');
 -- taken over by a transaction claim
 SELECT outcome, attempt FROM idempotency_begin('t', 'a', 'leased2', lease => '1 ms');
 SELECT pg_sleep(0.01);
@@ -100,6 +114,7 @@ COMMIT;
 CREATE FUNCTION pg_temp.handler(request jsonb) RETURNS json LANGUAGE sql AS $$ SELECT to_json(current_user) $$;
 SELECT outcome, response FROM idempotency_run('t', 'a', 'run', '{"a": 1}', 'pg_temp.handler(jsonb)');
 SELECT outcome, response FROM idempotency_run('t', 'a', 'run', '{"a": 1}', 'pg_temp.handler(jsonb)');
+SELECT outcome, response FROM idempotency_try_run('t', 'a', 'run', '{"a": 2}', 'pg_temp.handler(jsonb)');
 CREATE FUNCTION pg_temp.snoop(request jsonb) RETURNS json LANGUAGE plpgsql AS $$ BEGIN RETURN (SELECT to_json(k) FROM idempotency_key k LIMIT 1); END $$;
 \set SHOW_CONTEXT never
 SELECT outcome, response FROM idempotency_run('t', 'a', 'snoop', '{"a": 1}', 'pg_temp.snoop(jsonb)');
@@ -140,6 +155,15 @@ CALL idempotency_sweep();
 SELECT * FROM idempotency_in_flight;
 SELECT * FROM idempotency_stalled;
 SELECT idempotency_event_key('a', 'b', 1);
+SELECT idempotency_forget('t', 'a', 'k');
+RESET ROLE;
+
+-- support may forget a request, also without a right on the table
+GRANT EXECUTE ON FUNCTION idempotency_forget TO regress_idempotency_app;
+SET ROLE regress_idempotency_app;
+SELECT outcome FROM idempotency_store('t', 'a', 'forgotten', '{"a": 1}', 404);
+SELECT idempotency_forget('t', 'a', 'forgotten');
+SELECT outcome FROM idempotency_replay('t', 'a', 'forgotten');
 RESET ROLE;
 
 -- a role of its own may do the sweeping, also without a right on the table
@@ -196,8 +220,9 @@ ALTER TABLE idempotency_key DROP CONSTRAINT no_errors;
 --
 GRANT pg_monitor TO regress_idempotency_monitor;
 SELECT outcome, attempt FROM idempotency_begin('t', 'a', 'leased', lease => '1 h');
-SELECT outcome, attempt FROM idempotency_begin('t', 'a', 'stalled', '{"a": 1}', 'user 1', lease => '1 h');
-SELECT idempotency_checkpoint('t', 'a', 'stalled', 1, 'charged', '{"charge": "ch_1"}', '1 ms', 'user 1') IS NOT NULL AS renewed;
+SELECT outcome, attempt
+FROM idempotency_begin('t', 'a', 'stalled', '{"a": 1}', 'user 1', lease => '1 h', claim => '00000000-0000-0000-0000-000000000001');
+SELECT idempotency_checkpoint('t', 'a', 'stalled', '00000000-0000-0000-0000-000000000001', 'charged', '{"charge": "ch_1"}', '1 ms', 'user 1') IS NOT NULL AS renewed;
 SELECT pg_sleep(0.01);
 BEGIN;
 SELECT outcome FROM idempotency_begin('t', 'a', 'k5', actor => 'user 1');
@@ -223,8 +248,9 @@ ROLLBACK;
 SET ROLE regress_idempotency_monitor;
 SELECT idempotency_begin('t', 'a', 'k');
 SELECT idempotency_replay('t', 'a', 'k');
-SELECT idempotency_checkpoint('t', 'a', 'leased', 1, 'p');
+SELECT idempotency_checkpoint('t', 'a', 'leased', NULL, 'p');
 SELECT idempotency_first_seen('t', 'a', '{k}');
+SELECT idempotency_forget('t', 'a', 'k');
 RESET ROLE;
 
 -- rights that were granted go with the extension, and do not come back with it

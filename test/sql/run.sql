@@ -82,9 +82,9 @@ CREATE SCHEMA h;
 CREATE FUNCTION h.sql_json(jsonb) RETURNS json LANGUAGE sql AS $$ SELECT '{"b":  1, "a": 2}'::json $$;
 CREATE FUNCTION h.sql_jsonb(jsonb) RETURNS jsonb LANGUAGE sql AS $$ SELECT '{"b":  1, "a": 2}'::jsonb $$;
 CREATE FUNCTION h.sql_response(jsonb) RETURNS idempotency_response LANGUAGE sql AS
-$$ SELECT 201, '{"Location": "/1"}'::jsonb, '{"b":  1, "a": 2}'::json $$;
+$$ SELECT 201, '{"Location": "/1"}'::jsonb, '{"b":  1, "a": 2}'::json, NULL::bytea, NULL::interval $$;
 CREATE FUNCTION h.sql_row(jsonb) RETURNS idempotency_response LANGUAGE sql AS
-$$ SELECT (201, '{"Location": "/1"}', '{"b":  1, "a": 2}')::idempotency_response $$;
+$$ SELECT (201, '{"Location": "/1"}', '{"b":  1, "a": 2}', NULL, NULL)::idempotency_response $$;
 CREATE FUNCTION h.sql_atomic(request jsonb) RETURNS jsonb LANGUAGE sql IMMUTABLE BEGIN ATOMIC
     SELECT request || '{"done": true}';
 END;
@@ -99,7 +99,9 @@ BEGIN
     RETURN result;
 END $$;
 CREATE FUNCTION h.plpgsql_row(request jsonb) RETURNS idempotency_response LANGUAGE plpgsql AS
-$$ BEGIN RETURN (200, NULL::jsonb, NULL::json); END $$;
+$$ BEGIN RETURN (200, NULL::jsonb, NULL::json, NULL::bytea, NULL::interval); END $$;
+CREATE FUNCTION h.with_body(jsonb) RETURNS idempotency_response LANGUAGE sql AS
+$$ SELECT 203, '{"Content-Type": "image/png"}'::jsonb, NULL::json, '\x89504e47'::bytea, NULL::interval $$;
 CREATE FUNCTION h.out_parameter(request jsonb, OUT json) LANGUAGE sql AS $$ SELECT '"out"'::json $$;
 CREATE FUNCTION h.c_function(jsonb) RETURNS jsonb LANGUAGE internal IMMUTABLE STRICT AS 'jsonb_strip_nulls';
 CREATE FUNCTION h.stable_function(jsonb) RETURNS jsonb LANGUAGE sql STABLE AS $$ SELECT to_jsonb(count(*)) FROM payment $$;
@@ -107,14 +109,14 @@ CREATE FUNCTION h.with_setting(jsonb) RETURNS jsonb LANGUAGE sql SET work_mem = 
 $$ SELECT to_jsonb(current_setting('work_mem')) $$;
 CREATE FUNCTION h.json_null(jsonb) RETURNS json LANGUAGE sql AS $$ SELECT 'null'::json $$;
 CREATE FUNCTION h.jsonb_null(jsonb) RETURNS jsonb LANGUAGE sql AS $$ SELECT 'null'::jsonb $$;
-SELECT handler, r.outcome, r.status_code, r.headers, r.response
-FROM unnest('{sql_json,sql_jsonb,sql_response,sql_row,sql_atomic,plpgsql_json,plpgsql_jsonb,plpgsql_response,plpgsql_row,c_function,stable_function,with_setting,json_null,jsonb_null,out_parameter}'::text[])
+SELECT handler, r.outcome, r.status_code, r.headers, r.response, r.body
+FROM unnest('{sql_json,sql_jsonb,sql_response,sql_row,sql_atomic,plpgsql_json,plpgsql_jsonb,plpgsql_response,plpgsql_row,with_body,c_function,stable_function,with_setting,json_null,jsonb_null,out_parameter}'::text[])
          WITH ORDINALITY h (handler, n),
      idempotency_run('t', handler, 'k', '{"x": 1, "y": null}', format('h.%I(jsonb)', handler)::regprocedure) r
 ORDER BY n;
 -- replayed with the same text
-SELECT handler, r.outcome, r.status_code, r.headers, r.response
-FROM unnest('{sql_json,sql_jsonb,sql_response,sql_row,sql_atomic,plpgsql_json,plpgsql_jsonb,plpgsql_response,plpgsql_row,c_function,stable_function,with_setting,json_null,jsonb_null,out_parameter}'::text[])
+SELECT handler, r.outcome, r.status_code, r.headers, r.response, r.body
+FROM unnest('{sql_json,sql_jsonb,sql_response,sql_row,sql_atomic,plpgsql_json,plpgsql_jsonb,plpgsql_response,plpgsql_row,with_body,c_function,stable_function,with_setting,json_null,jsonb_null,out_parameter}'::text[])
          WITH ORDINALITY h (handler, n),
      idempotency_run('t', handler, 'k', '{"x": 1, "y": null}', format('h.%I(jsonb)', handler)::regprocedure) r
 ORDER BY n;
@@ -138,8 +140,8 @@ CREATE FUNCTION h.to_text(jsonb) RETURNS text LANGUAGE sql AS $$ SELECT '1' $$;
 CREATE FUNCTION h.to_nothing(jsonb) RETURNS void LANGUAGE sql AS $$ SELECT $$;
 CREATE FUNCTION h.to_result(jsonb) RETURNS idempotency_result LANGUAGE sql AS $$ SELECT NULL::idempotency_result $$;
 CREATE FUNCTION h.to_record(jsonb, OUT status_code int, OUT headers jsonb, OUT response json) LANGUAGE sql AS $$ SELECT 200, NULL::jsonb, '1'::json $$;
-CREATE TYPE h.idempotency_response AS (status_code int, headers jsonb, response json);
-CREATE FUNCTION h.to_other_response(jsonb) RETURNS h.idempotency_response LANGUAGE sql AS $$ SELECT 200, NULL::jsonb, '1'::json $$;
+CREATE TYPE h.idempotency_response AS (status_code int, headers jsonb, response json, body bytea, ttl interval);
+CREATE FUNCTION h.to_other_response(jsonb) RETURNS h.idempotency_response LANGUAGE sql AS $$ SELECT 200, NULL::jsonb, '1'::json, NULL::bytea, NULL::interval $$;
 CREATE FUNCTION h.to_set(jsonb) RETURNS SETOF json LANGUAGE sql AS $$ SELECT '1'::json $$;
 CREATE FUNCTION h.to_trigger() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RETURN NULL; END $$;
 CREATE PROCEDURE h.procedure(INOUT jsonb) LANGUAGE sql AS $$ SELECT $1 $$;
@@ -169,13 +171,14 @@ BEGIN
     IF request ->> 'status' = 'row' THEN
         RETURN NULL;
     END IF;
-    RETURN ((request ->> 'status')::int, request -> 'headers', (request -> 'response')::json);
+    RETURN ((request ->> 'status')::int, request -> 'headers', (request -> 'response')::json,
+            (request ->> 'body')::bytea, (request ->> 'ttl')::interval);
 END $$;
 CREATE FUNCTION h.strict_function(request jsonb) RETURNS json LANGUAGE sql STRICT AS $$ SELECT '"not null"'::json $$;
 CREATE FUNCTION h.null_json(request jsonb) RETURNS json LANGUAGE sql AS $$ SELECT NULL::json $$;
 CREATE FUNCTION h.null_jsonb(request jsonb) RETURNS jsonb LANGUAGE plpgsql AS $$ BEGIN RETURN NULL; END $$;
 CREATE FUNCTION h.no_row(request jsonb) RETURNS idempotency_response LANGUAGE sql AS
-$$ SELECT 200, NULL::jsonb, '1'::json WHERE false $$;
+$$ SELECT 200, NULL::jsonb, '1'::json, NULL::bytea, NULL::interval WHERE false $$;
 SELECT error_of($$ SELECT idempotency_run('t', 'a', 'k', '{}', 'h.null_json(jsonb)') $$);
 SELECT error_of($$ SELECT idempotency_run('t', 'a', 'k', '{}', 'h.null_jsonb(jsonb)') $$);
 SELECT error_of($$ SELECT idempotency_run('t', 'a', 'k', '{}', 'h.no_row(jsonb)') $$);
@@ -184,8 +187,14 @@ SELECT error_of($$ SELECT idempotency_run('t', 'a', 'k', NULL, 'h.strict_functio
 SELECT error_of($$ SELECT idempotency_run('t', 'a', 'k', '{}', 'h.answer(jsonb)') $$);
 SELECT error_of($$ SELECT idempotency_run('t', 'a', 'k', '{"status": 99}', 'h.answer(jsonb)') $$);
 SELECT error_of($$ SELECT idempotency_run('t', 'a', 'k', '{"status": 600}', 'h.answer(jsonb)') $$);
+SELECT error_of($$ SELECT idempotency_run('t', 'a', 'k', '{"status": 200, "response": null, "body": ""}', 'h.answer(jsonb)') $$);
+SELECT error_of($$ SELECT idempotency_run('t', 'a', 'k', '{"status": 503, "response": 1, "body": "x"}', 'h.answer(jsonb)') $$);
+SELECT error_of($$ SELECT idempotency_run('t', 'a', 'k', '{"status": 200, "ttl": "299 s"}', 'h.answer(jsonb)') $$);
+SELECT error_of($$ SELECT idempotency_run('t', 'a', 'k', '{"status": 200, "ttl": "73 h"}', 'h.answer(jsonb)') $$);
+SELECT error_of($$ SELECT idempotency_run('t', 'a', 'k', '{"status": 404, "ttl": "0.999 s"}', 'h.answer(jsonb)') $$);
 SET idempotency.max_response_size = '10B';
 SELECT error_of($$ SELECT idempotency_run('t', 'a', 'k', '{"status": 200, "response": "0123456789"}', 'h.answer(jsonb)') $$);
+SELECT error_of($$ SELECT idempotency_run('t', 'a', 'k', '{"status": 200, "body": "0123456789a"}', 'h.answer(jsonb)') $$);
 RESET idempotency.max_response_size;
 SELECT count(*) FROM payment;
 SELECT count(*) FROM idempotency_key;
@@ -226,6 +235,25 @@ TRUNCATE payment, idempotency_key;
 SELECT ttl, r.expires_at - r.finished_at AS kept_for
 FROM unnest('{5 min,72 h,NULL}'::interval[]) WITH ORDINALITY v (ttl, n),
      idempotency_run('t', 'ttl', 'k' || n, '{}', 'pay(jsonb)', ttl => v.ttl) r ORDER BY n;
+-- or of the handler, which knows the status; the call means an answer that is no error
+SELECT request, r.outcome, r.expires_at - r.finished_at AS kept_for
+FROM unnest(ARRAY['{"status": 200, "ttl": "10 min"}', '{"status": 200}', '{"status": 404, "ttl": "10 s"}',
+                  '{"status": 402, "ttl": "30 min"}', '{"status": 404}', '{"status": 503, "ttl": "10 s"}']::jsonb[])
+         WITH ORDINALITY v (request, n),
+     idempotency_run('t', 'ttl', 'h' || n, request, 'h.answer(jsonb)', ttl => '2 h') r ORDER BY n;
+-- what depends on the status is read when that is known
+CREATE FUNCTION h.sets(request jsonb) RETURNS idempotency_response LANGUAGE plpgsql AS $$
+BEGIN
+    PERFORM set_config('idempotency.' || key, value, true) FROM jsonb_each_text(request -> 'set');
+    RETURN h.answer(request);
+END $$;
+SELECT outcome, expires_at - finished_at AS kept_for
+FROM idempotency_run('t', 'ttl', 's1', '{"status": 404, "set": {"error_ttl": "17s"}}', 'h.sets(jsonb)');
+SELECT outcome FROM idempotency_run('t', 'ttl', 's2', '{"status": 402, "set": {"retryable_status": "402"}}', 'h.sets(jsonb)');
+-- that of an answer which is no error, when it was begun
+SELECT outcome, expires_at - finished_at AS kept_for
+FROM idempotency_run('t', 'ttl', 's3', '{"status": 200, "set": {"ttl": "10min", "error_ttl": "17s"}}', 'h.sets(jsonb)');
+SHOW idempotency.error_ttl;
 SELECT error_of($$ SELECT idempotency_run('t', 'a', 'k', '{}', 'pay(jsonb)', ttl => '1 min') $$);
 SELECT error_of($$ SELECT idempotency_run('t', 'a', 'k', '{}', 'pay(jsonb)', wait => '-1 s') $$);
 -- the scope is checked as always
@@ -291,7 +319,10 @@ SELECT error_of($$ SELECT idempotency_run('t', 'a', 'k', '{"call": "SELECT idemp
 SELECT error_of($$ SELECT idempotency_run('t', 'a', 'k', '{"call": "SELECT idempotency_release(''t'', ''a'', ''k'')"}', 'h.calls(jsonb)') $$);
 SELECT error_of($$ SELECT idempotency_run('t', 'a', 'k', '{"call": "SELECT idempotency_begin(''t'', ''a'', ''k'')"}', 'h.calls(jsonb)') $$);
 SELECT error_of($$ SELECT idempotency_run('t', 'a', 'k', '{"call": "SELECT idempotency_run(''t'', ''a'', ''k'', NULL, ''pay(jsonb)'')"}', 'h.calls(jsonb)') $$);
-SELECT error_of($$ SELECT idempotency_run('t', 'a', 'k', '{"call": "SELECT idempotency_checkpoint(''t'', ''a'', ''k'', 1, ''p'')"}', 'h.calls(jsonb)') $$);
+SELECT error_of($$ SELECT idempotency_run('t', 'a', 'k', '{"call": "SELECT idempotency_try_run(''t'', ''a'', ''k'', NULL, ''pay(jsonb)'')"}', 'h.calls(jsonb)') $$);
+SELECT error_of($$ SELECT idempotency_run('t', 'a', 'k', '{"call": "SELECT idempotency_store(''t'', ''a'', ''k'', NULL, 404)"}', 'h.calls(jsonb)') $$);
+SELECT error_of($$ SELECT idempotency_run('t', 'a', 'k', '{"call": "SELECT idempotency_forget(''t'', ''a'', ''k'')"}', 'h.calls(jsonb)') $$);
+SELECT error_of($$ SELECT idempotency_run('t', 'a', 'k', '{"call": "SELECT idempotency_checkpoint(''t'', ''a'', ''k'', NULL, ''p'')"}', 'h.calls(jsonb)') $$);
 SELECT count(*) FROM idempotency_key;
 -- it is in flight meanwhile
 SELECT outcome, response FROM idempotency_run('t', 'a', 'k', '{"call": "SELECT key FROM idempotency_in_flight WHERE pid = pg_backend_pid()"}', 'h.calls(jsonb)');
@@ -322,14 +353,51 @@ SELECT left(error_of($$ SELECT idempotency_run('t', 'a', 'k', '{"amount": 2}', '
 COMMIT PREPARED 'run';
 SELECT outcome, response FROM idempotency_run('t', 'a', 'k', '{"amount": 1}', 'pay(jsonb)', wait => '20 ms');
 RESET idempotency.retry_after;
-SELECT attempt FROM idempotency_begin('t', 'a', 'leased', '{"amount": 2}', lease => '1 h');
+SELECT attempt FROM idempotency_begin('t', 'a', 'leased', '{"amount": 2}', lease => '1 h', claim => '00000000-0000-0000-0000-000000000001');
 SELECT left(error_of($$ SELECT idempotency_run('t', 'a', 'leased', '{"amount": 2}', 'pay(jsonb)') $$), 5);
 SELECT left(error_of($$ SELECT idempotency_run('t', 'a', 'leased', '{"amount": 3}', 'pay(jsonb)') $$), 5);
 -- one that ran out is taken over
-SELECT idempotency_checkpoint('t', 'a', 'leased', 1, 'half-way', lease => '1 ms') IS NOT NULL AS renewed;
+SELECT idempotency_checkpoint('t', 'a', 'leased', '00000000-0000-0000-0000-000000000001', 'half-way', lease => '1 ms') IS NOT NULL AS renewed;
 SELECT outcome, response, attempt FROM idempotency_run('t', 'a', 'leased', '{"amount": 2}', 'pay(jsonb)', wait => '1 min');
-SELECT state, attempt, response, lease_expires_at, recovery_point FROM idempotency_key WHERE key = 'leased';
-SELECT left(error_of($$ SELECT idempotency_finish('t', 'a', 'leased', attempt => 1) $$), 5);
+SELECT state, claim, attempt, response, lease_expires_at, recovery_point FROM idempotency_key WHERE key = 'leased';
+SELECT left(error_of($$ SELECT idempotency_finish('t', 'a', 'leased', claim => '00000000-0000-0000-0000-000000000001') $$), 5);
+TRUNCATE payment, idempotency_key;
+
+--
+-- try_run: the same, but a different request is an outcome
+--
+\x on
+SELECT outcome, status_code, response, headers, body, claim, attempt, recovery_point, recovery_state, retry_after,
+       created_at IS NOT NULL AS created, finished_at IS NOT NULL AS finished, expires_at - finished_at AS kept_for
+FROM idempotency_try_run('t', 'try', 'k', '{"amount": 1}', 'pay(jsonb)', 'user 1', '2 h', '1 s');
+SELECT r::text = idempotency_replay('t', 'try', 'k', '{"amount": 1}', 'user 1')::text AS replayed
+FROM idempotency_try_run('t', 'try', 'k', '{"amount": 1.0}', 'pay(jsonb)', 'user 1') r;
+SELECT * FROM idempotency_try_run('t', 'try', 'k', '{"amount": 2}', 'pay(jsonb)', 'user 1');
+\x off
+SELECT request FROM payment;
+SELECT outcome, status_code FROM idempotency_try_run('t', 'try', 'errored', '{"status": 404}', 'h.answer(jsonb)');
+SELECT outcome, status_code FROM idempotency_try_run('t', 'try', 'released', '{"status": 503}', 'h.answer(jsonb)');
+SELECT outcome, status_code FROM idempotency_try_run('t', 'try', 'errored', '{"status": 404}', 'h.answer(jsonb)');
+SELECT outcome, status_code FROM idempotency_try_run('t', 'try', 'released', '{"status": 200}', 'h.answer(jsonb)');
+-- one in flight, too
+BEGIN;
+SELECT outcome FROM idempotency_try_run('t', 'try', 'k2', '{"amount": 1}', 'pay(jsonb)');
+PREPARE TRANSACTION 'try_run';
+SELECT outcome, status_code, attempt, retry_after, created_at IS NOT NULL AS created
+FROM idempotency_try_run('t', 'try', 'k2', '{"amount": 1}', 'pay(jsonb)', wait => '20 ms');
+SELECT outcome, status_code, attempt, retry_after, created_at IS NOT NULL AS created
+FROM idempotency_try_run('t', 'try', 'k2', '{"amount": 2}', 'pay(jsonb)');
+ROLLBACK PREPARED 'try_run';
+-- the errors of the handler, and of the call, are errors
+SELECT error_of($$ SELECT idempotency_try_run('t', 'try', 'k2', '{"amount": 0}', 'h.fails(jsonb)') $$);
+SELECT error_of($$ SELECT idempotency_try_run('t', 'try', 'k2', '{"amount": 0}', 'h.to_text(jsonb)') $$);
+SELECT error_of($$ SELECT idempotency_try_run('t', 'try', 'k2', '{"status": 99}', 'h.answer(jsonb)') $$);
+SELECT error_of($$ SELECT idempotency_try_run('t', 'try', 'k2', '{"call": "SELECT idempotency_finish(''t'', ''try'', ''k2'')"}', 'h.calls(jsonb)') $$);
+BEGIN;
+SELECT outcome FROM idempotency_begin('t', 'try', 'k2');
+SELECT error_of($$ SELECT idempotency_try_run('t', 'try', 'k2', '{"amount": 1}', 'pay(jsonb)') $$);
+ROLLBACK;
+SELECT key, state FROM idempotency_key ORDER BY key;
 TRUNCATE payment, idempotency_key;
 
 -- at the other isolation levels
@@ -377,7 +445,35 @@ SELECT key, response FROM idempotency_key ORDER BY key;
 SET client_min_messages = warning;
 DROP SCHEMA h CASCADE;
 RESET client_min_messages;
-DROP FUNCTION error_of, locks, pay;
+TRUNCATE idempotency_key;
+
+--
+-- A handler that puts another extension in the place of the one that called it:
+-- its answer is a record of the new one, and can be read
+--
+CREATE FUNCTION recreate(request jsonb) RETURNS json LANGUAGE plpgsql AS $$
+BEGIN
+    DROP EXTENSION idempotency;
+    CREATE EXTENSION idempotency;
+    RETURN request;
+END $$;
+SELECT outcome, status_code, response FROM idempotency_run('t', 'a', 'k', '{"amount": 1}', 'recreate(jsonb)');
+SELECT key, state, status_code, response FROM idempotency_key;
+SELECT idempotency_key::text LIKE '(t,a,k,"",completed,%' AS as_text FROM idempotency_key;
+SELECT outcome, status_code, response FROM idempotency_replay('t', 'a', 'k', '{"amount": 1}');
+SELECT (idempotency_run('t', 'a', 'k2', '{"amount": 1}', 'recreate(jsonb)')).outcome;
+SELECT key, state, status_code, response FROM idempotency_key;
+SELECT outcome, status_code, response FROM idempotency_replay('t', 'a', 'k2', '{"amount": 1}');
+-- one that puts nothing in its place
+CREATE FUNCTION drop_it(request jsonb) RETURNS json LANGUAGE plpgsql AS $$
+BEGIN
+    DROP EXTENSION idempotency;
+    RETURN request;
+END $$;
+SELECT error_of($$ SELECT idempotency_run('t', 'a', 'k3', '{"amount": 1}', 'drop_it(jsonb)') $$);
+SELECT key, state FROM idempotency_key;
+
+DROP FUNCTION error_of, locks, pay, recreate, drop_it;
 DROP TABLE payment;
 DROP EXTENSION idempotency;
 DROP ROLE regress_idempotency_app;

@@ -21,6 +21,8 @@ EXPLAIN (COSTS OFF)
 SELECT * FROM idempotency_try_begin('acme', 'pay', 'a', '{"amount": 1}', wait => '1s', lease => '1min');
 SELECT * FROM scans($$SELECT * FROM idempotency_replay('acme', 'pay', 'a', actor => 'me')$$);
 SELECT * FROM scans($$SELECT * FROM idempotency_run('acme', 'pay', 'a', '{"amount": 1}', 'to_json(anyelement)')$$);
+SELECT * FROM scans($$SELECT * FROM idempotency_try_run('acme', 'pay', 'a', '{"amount": 1}', 'to_json(anyelement)')$$);
+SELECT * FROM scans($$SELECT * FROM idempotency_store('acme', 'pay', 'a', '{"amount": 1}', 404)$$);
 -- by its function, not by a name
 BEGIN;
 ALTER FUNCTION idempotency_replay RENAME TO answer_of;
@@ -35,7 +37,7 @@ SELECT idempotency_finish('acme', 'pay', 'a', 201, '{"paid":  1}', '{"ETag": "x"
 SELECT outcome FROM idempotency_begin('acme', 'pay', 'b');
 SELECT idempotency_finish('acme', 'pay', 'b', body => '\x00ff');
 COMMIT;
-SELECT r.outcome, r.status_code, r.response, r.headers, r.body, r.attempt, r.recovery_point, r.recovery_state, r.retry_after,
+SELECT r.outcome, r.status_code, r.response, r.headers, r.body, r.claim, r.attempt, r.recovery_point, r.recovery_state, r.retry_after,
        (r.created_at, r.finished_at, r.expires_at) = (k.created_at, k.finished_at, k.expires_at) AS times
 FROM idempotency_replay('acme', 'pay', 'a') AS r, idempotency_key AS k WHERE k.key = 'a';
 SELECT outcome, status_code, response, headers, body FROM idempotency_replay('acme', 'pay', 'b');
@@ -64,12 +66,17 @@ SELECT key FROM idempotency_key WHERE key = 'a' AND EXISTS (SELECT FROM idempote
 SELECT outcome, status_code, response, created_at FROM idempotency_replay('acme', 'pay', 'c');
 -- all outcomes
 SELECT outcome, status_code, retry_after FROM idempotency_try_begin('acme', 'pay', 'a', '{"amount": 2}');
-SELECT outcome, attempt FROM idempotency_begin('acme', 'pay', 'leased', lease => '1h');
-SELECT outcome, retry_after > '0s' AS later FROM idempotency_try_begin('acme', 'pay', 'leased');
+SELECT outcome, claim, attempt
+FROM idempotency_begin('acme', 'pay', 'leased', lease => '1h', claim => '00000000-0000-0000-0000-000000000001');
+SELECT outcome, claim, retry_after > 3500 AS later FROM idempotency_try_begin('acme', 'pay', 'leased');
 SELECT outcome, status_code, response FROM idempotency_run('acme', 'pay', 'run', '{"amount": 1}', 'to_jsonb(anyelement)');
 CREATE FUNCTION echo(request jsonb) RETURNS jsonb LANGUAGE sql AS 'SELECT request';
 SELECT outcome, status_code, response FROM idempotency_run('acme', 'pay', 'run', '{"amount": 1}', 'echo(jsonb)');
 SELECT outcome, status_code, response FROM idempotency_run('acme', 'pay', 'run', '{"amount": 1}', 'echo(jsonb)');
+SELECT outcome, status_code, response FROM idempotency_try_run('acme', 'pay', 'run', '{"amount": 2}', 'echo(jsonb)');
+SELECT outcome, status_code, response FROM idempotency_store('acme', 'pay', 'stored', '{"amount": 1}', 402, '"no money"');
+SELECT outcome, status_code, response FROM idempotency_store('acme', 'pay', 'stored', '{"amount": 1}', 404);
+SELECT outcome, claim, attempt, retry_after > 3500 AS later FROM idempotency_replay('acme', 'pay', 'leased');
 
 -- arguments: parameters, which may be null, and functions
 PREPARE begin_for(text, text, jsonb) AS
@@ -184,8 +191,8 @@ ORDER BY 1, 2;
 SELECT * FROM scans($$SELECT r FROM idempotency_replay('acme', 'pay', 'c') AS r$$);
 SELECT r FROM idempotency_replay('acme', 'pay', 'c') AS r;
 SELECT * FROM scans($$SELECT outcome FROM idempotency_replay('acme', 'pay', 'a') AS r WHERE r IS NOT NULL$$);
-SELECT * FROM scans($$SELECT outcome, n FROM idempotency_replay('acme', 'pay', 'a') WITH ORDINALITY AS r (outcome, c2, c3, c4, c5, c6, c7, c8, c9, c10, c11, c12, n)$$);
-SELECT outcome, n FROM idempotency_replay('acme', 'pay', 'a') WITH ORDINALITY AS r (outcome, c2, c3, c4, c5, c6, c7, c8, c9, c10, c11, c12, n);
+SELECT * FROM scans($$SELECT outcome, n FROM idempotency_replay('acme', 'pay', 'a') WITH ORDINALITY AS r (outcome, c2, c3, c4, c5, c6, c7, c8, c9, c10, c11, c12, c13, n)$$);
+SELECT outcome, n FROM idempotency_replay('acme', 'pay', 'a') WITH ORDINALITY AS r (outcome, c2, c3, c4, c5, c6, c7, c8, c9, c10, c11, c12, c13, n);
 SELECT * FROM scans($$SELECT outcome FROM ROWS FROM (idempotency_replay('acme', 'pay', 'a'), generate_series(1, 2))$$);
 SELECT * FROM scans($$SELECT outcome FROM ask, idempotency_replay('acme', 'pay', 'a') FOR UPDATE OF ask$$);
 SELECT outcome FROM ask, idempotency_replay('acme', 'pay', 'a') FOR UPDATE OF ask;

@@ -39,13 +39,16 @@ CREATE FUNCTION evil.idempotency_request_hash(jsonb) RETURNS bytea LANGUAGE plpg
 $$ BEGIN RAISE EXCEPTION 'trapped: idempotency_request_hash'; END $$;
 CREATE TYPE evil.idempotency_state AS ENUM ('completed', 'evil');
 CREATE TYPE evil.idempotency_result AS (evil int);
-CREATE TYPE evil.idempotency_response AS (status_code int, headers pg_catalog.jsonb, response json);
+CREATE TYPE evil.idempotency_response AS (status_code int, headers pg_catalog.jsonb, response json, body bytea, ttl interval);
+CREATE FUNCTION evil.gen_random_uuid() RETURNS uuid LANGUAGE plpgsql AS
+$$ BEGIN RAISE EXCEPTION 'trapped: gen_random_uuid'; END $$;
 CREATE FUNCTION evil.sha1(bytea) RETURNS bytea LANGUAGE plpgsql AS
 $$ BEGIN RAISE EXCEPTION 'trapped: sha1'; END $$;
 CREATE VIEW evil.idempotency_stalled AS SELECT 'evil' AS key;
 CREATE TABLE evil.idempotency_key (tenant text PRIMARY KEY, evil int);
 CREATE DOMAIN evil.timestamptz AS int;
 CREATE DOMAIN evil.jsonb AS int;
+CREATE DOMAIN evil.uuid AS int;
 GRANT ALL ON ALL TABLES IN SCHEMA evil TO PUBLIC;
 
 -- the traps work
@@ -65,9 +68,9 @@ GRANT EXECUTE ON ALL FUNCTIONS IN SCHEMA idem TO regress_idempotency_app;
 GRANT EXECUTE ON ALL PROCEDURES IN SCHEMA idem TO regress_idempotency_app;
 GRANT SELECT ON idem.idempotency_in_flight, idem.idempotency_stalled TO regress_idempotency_app;
 CREATE FUNCTION idem.handler(pg_catalog.jsonb) RETURNS idem.idempotency_response LANGUAGE sql AS
-$$ SELECT 201, '{"h": "1"}'::pg_catalog.jsonb, '{"y":2}'::json $$;
+$$ SELECT 201, '{"h": "1"}'::pg_catalog.jsonb, '{"y":2}'::json, NULL::bytea, NULL::interval $$;
 CREATE FUNCTION evil.handler(pg_catalog.jsonb) RETURNS evil.idempotency_response LANGUAGE sql AS
-$$ SELECT 201, '{"h": "1"}'::pg_catalog.jsonb, '"evil"'::json $$;
+$$ SELECT 201, '{"h": "1"}'::pg_catalog.jsonb, '"evil"'::json, NULL::bytea, NULL::interval $$;
 
 -- and does what it means, for a role without rights
 SET ROLE regress_idempotency_app;
@@ -92,18 +95,21 @@ COMMIT;
 SELECT pg_catalog.octet_length(idem.idempotency_request_hash('{"z": 1, "a": "b"}'));
 SELECT idem.idempotency_event_key('order.paid', '42', 1);
 -- a leased claim
-SELECT outcome, attempt FROM idem.idempotency_begin('t', 'a', 'k4', '{"a": 1}', lease => '1 h');
+SELECT outcome, attempt FROM idem.idempotency_begin('t', 'a', 'k4', '{"a": 1}', lease => '1 h', claim => '00000000-0000-0000-0000-000000000001');
 SELECT key, attempt FROM idem.idempotency_in_flight;
-SELECT idem.idempotency_checkpoint('t', 'a', 'k4', 1, 'charged', '{"c": 1}', '1 ms') IS NOT NULL AS renewed;
+SELECT idem.idempotency_checkpoint('t', 'a', 'k4', '00000000-0000-0000-0000-000000000001', 'charged', '{"c": 1}', '1 ms') IS NOT NULL AS renewed;
 SELECT pg_sleep(0.01);
 SELECT key, attempt, recovery_point FROM idem.idempotency_stalled;
-SELECT outcome, attempt, recovery_point, recovery_state FROM idem.idempotency_begin('t', 'a', 'k4', '{"a": 1}', lease => '1 h');
-SELECT idem.idempotency_finish('t', 'a', 'k4', 200, '{"x":1}', attempt => 1);
+SELECT outcome, attempt, recovery_point, recovery_state FROM idem.idempotency_begin('t', 'a', 'k4', '{"a": 1}', lease => '1 h', claim => '00000000-0000-0000-0000-000000000002');
+SELECT outcome, attempt, recovery_point FROM idem.idempotency_replay('t', 'a', 'k4', '{"a": 1}');
+SELECT idem.idempotency_finish('t', 'a', 'k4', 200, '{"x":1}', claim => '00000000-0000-0000-0000-000000000001');
 \echo :SQLSTATE
-SELECT idem.idempotency_finish('t', 'a', 'k4', 200, '{"x":1}', attempt => 2);
-SELECT idem.idempotency_finish('t', 'a', 'k4', 200, '{"x":1}', attempt => 2);
-SELECT outcome, attempt FROM idem.idempotency_begin('t', 'a', 'k5', lease => '1 h');
-SELECT idem.idempotency_release('t', 'a', 'k5', attempt => 1);
+SELECT idem.idempotency_finish('t', 'a', 'k4', 200, '{"x":1}', claim => '00000000-0000-0000-0000-000000000002');
+SELECT idem.idempotency_finish('t', 'a', 'k4', 200, '{"x":1}', claim => '00000000-0000-0000-0000-000000000002');
+SELECT outcome, attempt FROM idem.idempotency_begin('t', 'a', 'k5', lease => '1 h', claim => '00000000-0000-0000-0000-000000000003');
+SELECT idem.idempotency_release('t', 'a', 'k5', claim => '00000000-0000-0000-0000-000000000003');
+-- one whose id is made up by begin
+SELECT outcome, attempt, claim IS NOT NULL AS claim FROM idem.idempotency_begin('t', 'a', 'k10', lease => '1 h');
 -- run, with a handler that is meant, and one that is not
 SELECT outcome, status_code, response, headers FROM idem.idempotency_run('t', 'a', 'k6', '{"a": 1}', 'idem.handler(pg_catalog.jsonb)');
 SELECT outcome, status_code, response, headers FROM idem.idempotency_run('t', 'a', 'k6', '{"a": 1}', 'idem.handler(pg_catalog.jsonb)');
@@ -111,12 +117,16 @@ SELECT idem.idempotency_run('t', 'a', 'k7', '{"a": 1}', 'handler(pg_catalog.json
 \echo :SQLSTATE
 -- first_seen
 SELECT * FROM idem.idempotency_first_seen('t', 'a', '{m2,k4,m1,k5,m2}');
+-- store and forget
+SELECT outcome, status_code FROM idem.idempotency_store('t', 'a', 'k11', '{"a": 1}', 404);
+SELECT outcome, status_code FROM idem.idempotency_store('t', 'a', 'k11', '{"a": 1.0}', 402);
+SELECT idem.idempotency_forget('t', 'a', 'k11');
 CALL idem.idempotency_sweep();
 -- a search_path with nothing in it
 SET search_path = '';
 SELECT outcome, status_code FROM idem.idempotency_begin('t', 'a', 'k', '{"a": [2, "x"], "b": 1.0}', 'user');
-SELECT outcome, attempt FROM idem.idempotency_begin('t', 'a', 'k8', lease => '1 h');
-SELECT idem.idempotency_checkpoint('t', 'a', 'k8', 1, 'charged') IS NOT NULL AS renewed;
+SELECT outcome, attempt FROM idem.idempotency_begin('t', 'a', 'k8', lease => '1 h', claim => '00000000-0000-0000-0000-000000000004');
+SELECT idem.idempotency_checkpoint('t', 'a', 'k8', '00000000-0000-0000-0000-000000000004', 'charged') IS NOT NULL AS renewed;
 SELECT outcome FROM idem.idempotency_run('t', 'a', 'k9', '{}', 'idem.handler(jsonb)');
 SELECT * FROM idem.idempotency_first_seen('t', 'a', '{m1,m3}');
 SELECT idem.idempotency_event_key('order.paid', '42', 1);

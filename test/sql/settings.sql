@@ -20,7 +20,7 @@ END $$;
 
 -- at the bounds and past them: refused, and never made to fit
 SELECT name, value, try_setting(name, value) FROM (VALUES
-    (1, 'max_ttl', '299s'), (2, 'max_ttl', '300s'), (3, 'max_ttl', '366d'), (4, 'max_ttl', '31622401s'),
+    (1, 'max_ttl', '0'), (2, 'max_ttl', '1s'), (3, 'max_ttl', '366d'), (4, 'max_ttl', '31622401s'),
     (5, 'ttl', '299s'), (6, 'ttl', '300s'), (7, 'ttl', '0'), (8, 'ttl', '-1'), (9, 'ttl', '31622401s'),
     (10, 'error_ttl', '0'), (11, 'error_ttl', '1s'), (12, 'error_ttl', '31622401s'),
     (13, 'wait', '-1'), (14, 'wait', '0'), (15, 'wait', '1h'), (16, 'wait', '3600001ms'),
@@ -32,6 +32,8 @@ SELECT name, value, try_setting(name, value) FROM (VALUES
     (38, 'commit_guard', 'maybe'), (39, 'commit_guard', 'off'), (40, 'commit_guard', 'on'),
     (41, 'sweep_batch_size', '0'), (42, 'sweep_batch_size', '1'), (43, 'sweep_batch_size', '1000000'), (44, 'sweep_batch_size', '1000001'),
     (45, 'max_tracked_claims', '100'), (46, 'no_such_setting', '1'),
+    (52, 'min_ttl', '0'), (53, 'min_ttl', '-1'), (54, 'min_ttl', '366d'), (55, 'min_ttl', '31622401s'), (56, 'min_ttl', '1s'),
+    (57, 'ttl', '0'), (58, 'ttl', '1s'), (59, 'ttl', '999ms'),
     (47, 'lease', '0'), (48, 'lease', '-1'), (49, 'lease', '1ms'), (50, 'lease', '72h'), (51, 'lease', '2147483648ms')
 ) v (n, name, value) ORDER BY n;
 
@@ -69,11 +71,59 @@ SET idempotency.lease = '345601s';
 \echo :SQLSTATE
 RESET idempotency.lease;
 RESET idempotency.max_ttl;
--- also where it is the setting of a role or of the database
+-- nor, for an answer that is no error, below min_ttl
+SHOW idempotency.min_ttl;
+SET idempotency.ttl = '5min';
+SET idempotency.ttl = '299s';
+\echo :SQLSTATE
+SET idempotency.error_ttl = '1s';
+SET idempotency.min_ttl = '10s';
+SET idempotency.ttl = '10s';
+SET idempotency.ttl = '9s';
+\echo :SQLSTATE
+SHOW idempotency.ttl;
+-- a bound that is changed later is known when it matters
+SET idempotency.min_ttl = '11s';
+SELECT idempotency_begin('t', 'a', 'k');
+\echo :SQLSTATE
+SET idempotency.min_ttl = '10s';
+SET idempotency.max_ttl = '9s';
+SELECT idempotency_begin('t', 'a', 'k');
+\echo :SQLSTATE
+RESET idempotency.max_ttl;
+BEGIN;
+SELECT outcome FROM idempotency_begin('t', 'a', 'k');
+SELECT idempotency_finish('t', 'a', 'k');
+SELECT outcome, expires_at - finished_at AS kept_for FROM idempotency_replay('t', 'a', 'k');
+ROLLBACK;
+RESET idempotency.ttl;
+RESET idempotency.error_ttl;
+RESET idempotency.min_ttl;
+-- where it is the setting of a role or of the database, the bounds may be others
+-- when it is used, so that is only said
 ALTER DATABASE contrib_regression SET idempotency.ttl = '73h';
-\echo :SQLSTATE
+ALTER DATABASE contrib_regression RESET idempotency.ttl;
+ALTER DATABASE contrib_regression SET idempotency.ttl = '299s';
+ALTER DATABASE contrib_regression RESET idempotency.ttl;
 ALTER DATABASE contrib_regression SET idempotency.lease = '73h';
-\echo :SQLSTATE
+ALTER DATABASE contrib_regression RESET idempotency.lease;
+-- and a parallel worker takes settings over that suit each other, in any order
+SET idempotency.max_ttl = '30d';
+SET idempotency.error_ttl = '10d';
+SET idempotency.ttl = '10min';
+SET idempotency.min_ttl = '1s';
+SET idempotency.ttl = '10s';
+SET parallel_setup_cost = 0;
+SET parallel_tuple_cost = 0;
+SET min_parallel_table_scan_size = 0;
+SELECT count(*) > 0 AS some FROM pg_attribute;
+RESET min_parallel_table_scan_size;
+RESET parallel_tuple_cost;
+RESET parallel_setup_cost;
+RESET idempotency.error_ttl;
+RESET idempotency.ttl;
+RESET idempotency.min_ttl;
+RESET idempotency.max_ttl;
 
 -- idempotency.retryable_status: good lists and bad ones
 SELECT value, try_setting('retryable_status', value) FROM (VALUES
@@ -108,6 +158,8 @@ FROM (SELECT substr(name, 13) AS name, setting, unit, context FROM pg_settings
       WHERE name LIKE 'idempotency.%') s
 ORDER BY context, name;
 SET idempotency.max_ttl = '100h';
+\echo :SQLSTATE
+SET idempotency.min_ttl = '1s';
 \echo :SQLSTATE
 SET idempotency.commit_guard = off;
 \echo :SQLSTATE

@@ -50,17 +50,19 @@ SELECT run('stolen');
 -- a record that is pending is held by somebody, until its lease is over
 INSERT INTO idempotency_key (tenant, action, key, actor, state, attempt, lease_expires_at, created_at, expires_at, ttl)
 VALUES ('t', 'a', 'pending', '', 'pending', 1, now() + interval '1 hour', now(), now() + interval '2 hours', '1 hour');
-SELECT outcome, retry_after > '59 min' AND retry_after <= '1 h' AS rest_of_lease
+SELECT outcome, retry_after > 3540 AND retry_after <= 3600 AS rest_of_lease
 FROM idempotency_try_begin('t', 'a', 'pending');
-SELECT outcome, retry_after > '59 min' AND retry_after <= '1 h' AS rest_of_lease
+SELECT outcome, retry_after > 3540 AND retry_after <= 3600 AS rest_of_lease
 FROM idempotency_try_begin('t', 'a', 'pending', '{}');
-SELECT r IS NULL AS nothing FROM idempotency_replay('t', 'a', 'pending') r;
+SELECT outcome, retry_after > 3540 AND retry_after <= 3600 AS rest_of_lease
+FROM idempotency_replay('t', 'a', 'pending');
 \set VERBOSITY terse
 SELECT idempotency_begin('t', 'a', 'pending');
 \echo :SQLSTATE
 \set VERBOSITY default
 -- or when it has none
 UPDATE idempotency_key SET lease_expires_at = NULL WHERE key = 'pending';
+SELECT r IS NULL AS nothing FROM idempotency_replay('t', 'a', 'pending') r;
 BEGIN;
 SELECT outcome, attempt, retry_after FROM idempotency_try_begin('t', 'a', 'pending');
 ROLLBACK;
@@ -194,6 +196,48 @@ SELECT run('other2', 200, '{"id": 5}');
 \echo :SQLSTATE
 ALTER TABLE idempotency_key DROP CONSTRAINT one_id;
 
+-- an error that is raised by the function of an index, and only looks like that
+-- of the primary key
+CREATE FUNCTION raises(key text) RETURNS text LANGUAGE plpgsql IMMUTABLE AS $$
+BEGIN
+    IF key = 'bare' THEN
+        RAISE unique_violation USING MESSAGE = 'of mine, bare';
+    ELSIF key = 'constraint' THEN
+        RAISE unique_violation USING MESSAGE = 'of mine, with a constraint', CONSTRAINT = 'idempotency_key_pkey';
+    ELSIF key = 'table' THEN
+        RAISE unique_violation USING MESSAGE = 'of mine, with a table', TABLE = 'idempotency_key';
+    ELSIF key = 'other' THEN
+        RAISE unique_violation USING MESSAGE = 'of mine, with another constraint',
+            TABLE = 'idempotency_key', CONSTRAINT = 'other_idx';
+    ELSIF key = 'elsewhere' THEN
+        RAISE unique_violation USING MESSAGE = 'of mine, with another table',
+            TABLE = 'other', CONSTRAINT = 'idempotency_key_pkey';
+    END IF;
+    RETURN key;
+END $$;
+TRUNCATE idempotency_key;
+CREATE INDEX raises_idx ON idempotency_key (raises(key));
+\set VERBOSITY terse
+SELECT run('bare');
+\echo :SQLSTATE
+SELECT outcome FROM idempotency_begin('t', 'a', 'bare', lease => '1 h');
+\echo :SQLSTATE
+SELECT * FROM idempotency_first_seen('t', 'a', '{bare}');
+\echo :SQLSTATE
+SELECT run('constraint');
+\echo :SQLSTATE
+SELECT run('table');
+\echo :SQLSTATE
+SELECT run('other');
+\echo :SQLSTATE
+SELECT run('elsewhere');
+\echo :SQLSTATE
+\set VERBOSITY default
+SELECT run('none');
+DROP INDEX raises_idx;
+DROP FUNCTION raises;
+SELECT run('bare');
+
 -- check constraints hold
 ALTER TABLE idempotency_key ADD CONSTRAINT short_key CHECK (length(key) < 10);
 \set VERBOSITY terse
@@ -213,16 +257,115 @@ TRUNCATE idempotency_key;
 SET client_min_messages = error;
 CREATE PUBLICATION records FOR TABLE idempotency_key;
 RESET client_min_messages;
+CREATE FUNCTION published_warnings() RETURNS SETOF text LANGUAGE sql AS $$
+    SELECT w FROM idempotency_health, unnest(warnings) AS w WHERE w LIKE '%publish%'
+$$;
 SELECT run('published');
-UPDATE idempotency_key SET expires_at = created_at;
+SELECT outcome FROM idempotency_begin('t', 'a', 'leased', lease => '1 h', claim => '00000000-0000-0000-0000-000000000001');
+SELECT outcome FROM idempotency_begin('t', 'a', 'stalled', lease => '1 h', claim => '00000000-0000-0000-0000-000000000002');
+UPDATE idempotency_key SET lease_expires_at = created_at WHERE key = 'stalled';
+UPDATE idempotency_key SET expires_at = created_at WHERE key = 'published';
+SELECT published_warnings();
 ALTER TABLE idempotency_key REPLICA IDENTITY NOTHING;
+SELECT published_warnings();
 CALL idempotency_sweep();
 \echo :SQLSTATE
-SELECT run('published');
+-- which is known before the work is done
+SELECT outcome FROM idempotency_begin('t', 'a', 'published');
 \echo :SQLSTATE
+SELECT outcome FROM idempotency_try_begin('t', 'a', 'published', lease => '1 h');
+\echo :SQLSTATE
+SELECT outcome FROM idempotency_begin('t', 'a', 'unheard-of', lease => '1 h');
+\echo :SQLSTATE
+SELECT outcome FROM idempotency_begin('t', 'a', 'stalled');
+\echo :SQLSTATE
+SELECT outcome FROM idempotency_store('t', 'a', 'published', NULL, 404);
+\echo :SQLSTATE
+SELECT * FROM idempotency_first_seen('t', 'a', '{published}');
+\echo :SQLSTATE
+SELECT idempotency_forget('t', 'a', 'published');
+\echo :SQLSTATE
+SELECT idempotency_checkpoint('t', 'a', 'leased', '00000000-0000-0000-0000-000000000001', 'p');
+\echo :SQLSTATE
+-- what needs no more than an insert works, and so does a look
+SELECT run('new');
+SELECT outcome FROM idempotency_replay('t', 'a', 'new');
+-- it matters only where changes are published
+ALTER PUBLICATION records SET (publish = 'insert, truncate');
+SELECT published_warnings();
+BEGIN;
+SELECT outcome FROM idempotency_begin('t', 'a', 'published');
+ROLLBACK;
+ALTER PUBLICATION records SET (publish = 'insert, delete');
+SELECT published_warnings();
+DROP PUBLICATION records;
+SELECT published_warnings();
+SET client_min_messages = error;
+CREATE PUBLICATION records FOR ALL TABLES;
+SELECT published_warnings();
+DROP PUBLICATION records;
+CREATE PUBLICATION records FOR TABLES IN SCHEMA public;
+RESET client_min_messages;
+SELECT published_warnings();
 ALTER TABLE idempotency_key REPLICA IDENTITY DEFAULT;
+SELECT published_warnings();
 SELECT run('published');
 DROP PUBLICATION records;
+-- the same where a row filter has columns that are not in the replica identity
+UPDATE idempotency_key SET expires_at = created_at WHERE key = 'published';
+SET client_min_messages = error;
+CREATE PUBLICATION records FOR TABLE idempotency_key WHERE (status_code = 200);
+RESET client_min_messages;
+SELECT outcome FROM idempotency_begin('t', 'a', 'published');
+\echo :SQLSTATE
+SELECT outcome FROM idempotency_begin('t', 'a', 'published', lease => '1 h');
+\echo :SQLSTATE
+SELECT outcome FROM idempotency_begin('t', 'a', 'unheard-of', lease => '1 h');
+\echo :SQLSTATE
+SELECT outcome FROM idempotency_begin('t', 'a', 'stalled');
+\echo :SQLSTATE
+CALL idempotency_sweep();
+\echo :SQLSTATE
+SELECT run('newer');
+ALTER PUBLICATION records SET TABLE idempotency_key WHERE (tenant <> 'u');
+SELECT run('published');
+SELECT idempotency_finish('t', 'a', 'leased', claim => '00000000-0000-0000-0000-000000000001');
+DROP PUBLICATION records;
+DROP FUNCTION published_warnings;
+TRUNCATE idempotency_key;
+
+--
+-- A partition would be passed over, too: its bounds are those of the executor
+--
+SELECT run('k1');
+SELECT run('k2');
+UPDATE idempotency_key SET expires_at = created_at WHERE key = 'k2';
+CREATE TABLE all_records (LIKE idempotency_key) PARTITION BY LIST (tenant);
+ALTER TABLE all_records ATTACH PARTITION idempotency_key FOR VALUES IN ('t');
+SELECT run('k3');
+\echo :SQLSTATE
+SELECT outcome FROM idempotency_try_begin('u', 'a', 'k1', lease => '1 h');
+\echo :SQLSTATE
+SELECT outcome FROM idempotency_store('u', 'a', 'k1', NULL, 404);
+\echo :SQLSTATE
+SELECT * FROM idempotency_first_seen('u', 'a', '{k1}');
+\echo :SQLSTATE
+SELECT idempotency_forget('t', 'a', 'k1');
+\echo :SQLSTATE
+CALL idempotency_sweep();
+\echo :SQLSTATE
+SELECT outcome, response FROM idempotency_replay('t', 'a', 'k1');
+ALTER TABLE all_records DETACH PARTITION idempotency_key;
+-- also between begin and finish
+BEGIN;
+SELECT outcome FROM idempotency_begin('u', 'a', 'k1');
+ALTER TABLE all_records ATTACH PARTITION idempotency_key FOR VALUES IN ('t');
+SELECT idempotency_finish('u', 'a', 'k1');
+\echo :SQLSTATE
+ROLLBACK;
+DROP TABLE all_records;
+SELECT run('k2');
+SELECT run('k3');
 TRUNCATE idempotency_key;
 
 --
@@ -354,6 +497,56 @@ DROP TABLE copy;
 DROP EXTENSION idempotency;
 CREATE EXTENSION idempotency;
 SELECT run('k8');
+SELECT run('k8');
+
+-- and another one between begin and finish: the record has a state of the new
+-- one, and can be read
+BEGIN;
+SELECT outcome FROM idempotency_begin('t', 'a', 'k10', '{"a": 1}');
+SELECT outcome FROM idempotency_begin('t', 'a', 'k11', lease => '1 h', claim => '00000000-0000-0000-0000-000000000001');
+DROP EXTENSION idempotency;
+CREATE EXTENSION idempotency;
+SELECT idempotency_finish('t', 'a', 'k10', 200, '"answer"');
+SAVEPOINT s;
+-- a lease is a row of the old one
+SELECT idempotency_finish('t', 'a', 'k11', claim => '00000000-0000-0000-0000-000000000001');
+\echo :SQLSTATE
+ROLLBACK TO s;
+SELECT outcome, response FROM idempotency_begin('t', 'a', 'k10', '{"a": 1}');
+COMMIT;
+SELECT key, state, status_code, response FROM idempotency_key;
+SELECT idempotency_key::text LIKE '(t,a,k10,"",completed,%' AS as_text FROM idempotency_key;
+SELECT outcome, response FROM idempotency_replay('t', 'a', 'k10', '{"a": 1}');
+SELECT outcome FROM idempotency_try_begin('t', 'a', 'k10', '{"a": 2}');
+-- the same for a final error, for an answer that is not kept, and for none
+BEGIN;
+SELECT outcome FROM idempotency_begin('t', 'a', 'errored');
+SELECT outcome FROM idempotency_begin('t', 'a', 'retryable');
+SELECT outcome FROM idempotency_begin('t', 'a', 'released');
+DROP EXTENSION idempotency;
+CREATE EXTENSION idempotency;
+SELECT idempotency_finish('t', 'a', 'errored', 404);
+SELECT idempotency_finish('t', 'a', 'retryable', 503);
+SELECT idempotency_release('t', 'a', 'released');
+COMMIT;
+SELECT key, state, status_code, response FROM idempotency_key;
+SELECT idempotency_key::text LIKE '(t,a,errored,"",errored,%' AS as_text FROM idempotency_key;
+SELECT outcome, status_code FROM idempotency_replay('t', 'a', 'errored');
+-- where an expired record was to be replaced, or a lease was taken over, that has
+-- gone with the old one
+UPDATE idempotency_key SET expires_at = created_at;
+SELECT outcome FROM idempotency_begin('t', 'a', 'stalled', lease => '1 h');
+UPDATE idempotency_key SET lease_expires_at = created_at WHERE key = 'stalled';
+BEGIN;
+SELECT outcome, attempt FROM idempotency_begin('t', 'a', 'errored');
+SELECT outcome, attempt FROM idempotency_begin('t', 'a', 'stalled');
+DROP EXTENSION idempotency;
+CREATE EXTENSION idempotency;
+SELECT idempotency_finish('t', 'a', 'errored', 200, '"now"');
+SELECT idempotency_finish('t', 'a', 'stalled', 200, '"now"');
+COMMIT;
+SELECT key, state, status_code, response FROM idempotency_key ORDER BY key;
+SELECT key, outcome, r.response FROM idempotency_key, idempotency_replay('t', 'a', key) AS r ORDER BY key;
 SELECT run('k8');
 
 -- nobody alters the table under a transaction that has looked into it

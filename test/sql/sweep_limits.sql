@@ -10,25 +10,14 @@ CREATE EXTENSION idempotency;
 INSERT INTO idempotency_key (tenant, action, key, actor, state, attempt, created_at, expires_at)
 SELECT 't', 'old', 'k' || i, '', 'completed', 1, '2020-01-01', '2020-01-02'
 FROM generate_series(1, 1000) i;
-CREATE TABLE swept (n bigint);
-DO $$
-DECLARE
-    swept bigint;
-BEGIN
-    CALL idempotency_sweep(1, interval '1 us', swept);
-    INSERT INTO swept VALUES (swept);
-END $$;
-SELECT n < 1000 AS stopped, n + (SELECT count(*) FROM idempotency_key) AS of_all FROM swept;
+CALL idempotency_sweep(1, '1 us');
+SELECT count(*) > 0 AS stopped,
+       count(*) + (SELECT swept FROM idempotency_worker_status()) AS of_all
+FROM idempotency_key;
 -- the next one takes the rest
-DO $$
-DECLARE
-    swept bigint;
-BEGIN
-    CALL idempotency_sweep(NULL, NULL, swept);
-    INSERT INTO swept VALUES (swept);
-END $$;
-SELECT sum(n) FROM swept;
+SELECT count(*) AS rest FROM idempotency_key \gset
+CALL idempotency_sweep();
+SELECT swept = :rest AS swept FROM idempotency_worker_status();
 SELECT count(*) FROM idempotency_key;
 
-DROP TABLE swept;
 DROP EXTENSION idempotency;

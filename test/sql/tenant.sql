@@ -5,7 +5,7 @@ CREATE EXTENSION idempotency;
 CREATE ROLE regress_idempotency_pinned LOGIN;
 GRANT EXECUTE ON FUNCTION idempotency_begin, idempotency_try_begin, idempotency_finish,
     idempotency_replay, idempotency_release, idempotency_checkpoint, idempotency_run,
-    idempotency_first_seen TO regress_idempotency_pinned;
+    idempotency_try_run, idempotency_store, idempotency_forget, idempotency_first_seen TO regress_idempotency_pinned;
 ALTER ROLE regress_idempotency_pinned SET idempotency.tenant = 'acme';
 
 -- an answer of another tenant, and one of none
@@ -14,7 +14,7 @@ SELECT outcome FROM idempotency_begin('other', 'a', 'k');
 SELECT idempotency_finish('other', 'a', 'k', 200, '"of another tenant"');
 SELECT outcome FROM idempotency_begin(NULL, 'a', 'k');
 SELECT idempotency_finish(NULL, 'a', 'k', 200, '"of no tenant"');
-SELECT outcome FROM idempotency_begin('other', 'a', 'leased', lease => '1 h');
+SELECT outcome FROM idempotency_begin('other', 'a', 'leased', lease => '1 h', claim => '00000000-0000-0000-0000-000000000001');
 COMMIT;
 -- a handler that anybody may use
 CREATE FUNCTION echo(request jsonb) RETURNS jsonb LANGUAGE sql AS 'SELECT request';
@@ -41,21 +41,32 @@ SELECT idempotency_release('other', 'a', 'k');
 \echo :SQLSTATE
 SELECT idempotency_begin('other', 'a', 'k2', lease => '1 h');
 \echo :SQLSTATE
-SELECT idempotency_checkpoint('other', 'a', 'leased', 1, 'p');
+SELECT idempotency_begin('other', 'a', 'leased', lease => '1 h', claim => '00000000-0000-0000-0000-000000000001');
 \echo :SQLSTATE
-SELECT idempotency_finish('other', 'a', 'leased', attempt => 1);
+SELECT idempotency_checkpoint('other', 'a', 'leased', '00000000-0000-0000-0000-000000000001', 'p');
 \echo :SQLSTATE
-SELECT idempotency_release('other', 'a', 'leased', attempt => 1);
+SELECT idempotency_finish('other', 'a', 'leased', claim => '00000000-0000-0000-0000-000000000001');
+\echo :SQLSTATE
+SELECT idempotency_release('other', 'a', 'leased', claim => '00000000-0000-0000-0000-000000000001');
 \echo :SQLSTATE
 SELECT idempotency_run('other', 'a', 'k', '{}', 'echo(jsonb)');
+\echo :SQLSTATE
+SELECT idempotency_try_run('other', 'a', 'k', '{}', 'echo(jsonb)');
+\echo :SQLSTATE
+SELECT idempotency_store('other', 'a', 'k', '{}', 404);
+\echo :SQLSTATE
+SELECT idempotency_forget('other', 'a', 'k');
 \echo :SQLSTATE
 SELECT idempotency_first_seen('other', 'a', '{k}');
 \echo :SQLSTATE
 -- what it reaches is its own
-SELECT outcome, attempt FROM idempotency_begin('acme', 'a', 'leased', lease => '1 h');
-SELECT idempotency_checkpoint('acme', 'a', 'leased', 1, 'p') IS NOT NULL AS renewed;
-SELECT idempotency_finish('acme', 'a', 'leased', attempt => 1);
+SELECT outcome, attempt FROM idempotency_begin('acme', 'a', 'leased', lease => '1 h', claim => '00000000-0000-0000-0000-000000000002');
+SELECT idempotency_checkpoint('acme', 'a', 'leased', '00000000-0000-0000-0000-000000000002', 'p') IS NOT NULL AS renewed;
+SELECT idempotency_finish('acme', 'a', 'leased', claim => '00000000-0000-0000-0000-000000000002');
 SELECT outcome FROM idempotency_run('acme', 'a', 'run', '{}', 'echo(jsonb)');
+SELECT outcome FROM idempotency_try_run('acme', 'a', 'run', '{}', 'echo(jsonb)');
+SELECT outcome FROM idempotency_store('acme', 'a', 'known', '{}', 404);
+SELECT idempotency_forget('acme', 'a', 'known');
 SELECT * FROM idempotency_first_seen('acme', 'a', '{k,m1}');
 -- it reaches neither the global tenant nor one with a name that is nearly the same
 SELECT idempotency_begin(NULL, 'a', 'k');

@@ -118,8 +118,7 @@ foreach my $resolution ('COMMIT', 'ROLLBACK')
 		error_of($node, 'postgres', "SELECT pay('$key')"),
 		qr/ERROR:  ID003: [^\n]*\nHINT:  Retry after 1 s\.\n/,
 		"$resolution PREPARED: nothing more is known after the crash");
-	is($node->safe_psql('postgres', 'CALL idempotency_sweep()'),
-		'0', "$resolution PREPARED: a sweep finds nothing");
+	is(count_swept($node), 0, "$resolution PREPARED: a sweep finds nothing");
 
 	$node->safe_psql('postgres', "$resolution PREPARED '$key'");
 	is($node->safe_psql('postgres', $count_userlocks),

@@ -82,7 +82,11 @@ my %refused = (
 	  q{SELECT idempotency_try_begin('shop', 'pay', 'done')},
 	'idempotency_finish()' => q{SELECT idempotency_finish('shop', 'pay', 'done')},
 	'idempotency_release()' =>
-	  q{SELECT idempotency_release('shop', 'pay', 'done')});
+	  q{SELECT idempotency_release('shop', 'pay', 'done')},
+	'idempotency_store()' =>
+	  q{SELECT idempotency_store('shop', 'pay', 'done', NULL, 402)},
+	'idempotency_try_run()' =>
+	  q{SELECT idempotency_try_run('shop', 'pay', 'done', NULL, 'idempotency_request_hash(jsonb)')});
 foreach my $call (sort keys %refused)
 {
 	like(
@@ -94,6 +98,12 @@ like(
 	error_of($standby, 'postgres', 'CALL idempotency_sweep()'),
 	qr/ERROR:  25006: cannot execute idempotency_sweep\(\) in a read-only transaction\n/,
 	'idempotency_sweep() is refused');
+like(
+	error_of(
+		$standby, 'postgres', q{SELECT idempotency_forget('shop', 'pay', 'done')}
+	),
+	qr/ERROR:  25006: cannot execute idempotency_forget\(\) in a read-only transaction\n/,
+	'idempotency_forget() is refused');
 is($standby->safe_psql('postgres', 'SELECT count(*) FROM idempotency_in_flight'),
 	'0', 'no claim is in flight on the standby');
 is($standby->safe_psql('postgres', 'SELECT used FROM idempotency_tracking()'),

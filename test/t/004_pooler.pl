@@ -1,6 +1,6 @@
 # Behind a pooler that hands a server connection to another client after each
 # transaction, a transaction claim never outlives its transaction, a leased claim
-# belongs to whoever knows its attempt, and an answer is found whatever the
+# belongs to whoever knows its id, and an answer is found whatever the
 # connection.
 
 use strict;
@@ -111,55 +111,85 @@ sub on_each_connection
 	return join(', ', @answers);
 }
 
-my $lease = "SELECT outcome, attempt, recovery_point, response"
-  . " FROM idempotency_try_begin('shop', 'charge', '%s', lease => '1 hour')";
-my $save = "SELECT idempotency_checkpoint('shop', 'charge', '%s', %d, 'charged') > now()";
-my $answer = "SELECT idempotency_finish('shop', 'charge', '%s', 201, '{\"by\" :  %d}', attempt => %2\$d)";
-my $release = "SELECT idempotency_release('shop', 'charge', '%s', attempt => %d)";
+sub lease_sql
+{
+	my ($key, $attempt) = @_;
+	my $claim = defined $attempt ? ", claim => '@{[ claim_of($attempt) ]}'" : '';
+
+	return 'SELECT outcome, attempt, recovery_point, response'
+	  . " FROM idempotency_try_begin('shop', 'charge', '$key', lease => '1 hour'$claim)";
+}
+
+sub save_sql
+{
+	my ($key, $attempt) = @_;
+
+	return "SELECT idempotency_checkpoint('shop', 'charge', '$key',"
+	  . " '@{[ claim_of($attempt) ]}', 'charged') > now()";
+}
+
+sub answer_sql
+{
+	my ($key, $attempt) = @_;
+
+	return "SELECT idempotency_finish('shop', 'charge', '$key', 201,"
+	  . " '{\"by\" :  $attempt}', claim => '@{[ claim_of($attempt) ]}')";
+}
+
+sub release_sql
+{
+	my ($key, $attempt) = @_;
+
+	return "SELECT idempotency_release('shop', 'charge', '$key',"
+	  . " claim => '@{[ claim_of($attempt) ]}')";
+}
+
 is( on_each_connection(
-		sprintf($lease, 'l1'),
-		sprintf($save, 'l1', 1),
-		sprintf($answer, 'l1', 1)),
+		lease_sql('l1', 1), save_sql('l1', 1), answer_sql('l1', 1)),
 	'started|1||, t, completed',
 	'lease: begun, saved and finished on a connection each');
 is( on_each_connection(
-		sprintf($lease, 'l1'), sprintf($answer, 'l1', 1), sprintf($lease, 'l1')),
+		lease_sql('l1', 1), answer_sql('l1', 1), lease_sql('l1')),
 	'replayed|1||{"by" :  1}, completed, replayed|1||{"by" :  1}',
 	'lease: replayed, finished again and replayed');
 is( on_each_connection(
-		sprintf($lease, 'l2'),
-		sprintf($lease, 'l2'),
-		sprintf($release, 'l2', 1)),
-	'started|1||, in_flight|||, t',
+		lease_sql('l2', 1), lease_sql('l2'), release_sql('l2', 1)),
+	'started|1||, in_flight|1||, t',
 	'lease: in flight for the next one, and released by another');
 is( on_each_connection(
-		sprintf($lease, 'l2'), sprintf($save, 'l2', 2), sprintf($lease, 'l2')),
-	'started|2||, t, in_flight|||',
+		lease_sql('l2', 2), save_sql('l2', 2), lease_sql('l2', 3)),
+	'started|2||, t, in_flight|2||',
 	'lease: the next attempt, and in flight');
+is( on_each_connection(
+		lease_sql('l2', 2), lease_sql('l2', 2), lease_sql('l2')),
+	'started|2|charged|, started|2|charged|, in_flight|2||',
+	'lease: had again by its id, wherever it was begun');
 run_out($node, 'l2');
 is( on_each_connection(
-		sprintf($lease, 'l2'), sprintf($save, 'l2', 3), sprintf($answer, 'l2', 3)),
+		lease_sql('l2', 3), save_sql('l2', 3), answer_sql('l2', 3)),
 	'started|3|charged|, t, completed',
 	'lease: taken over with the recovery point, saved and finished');
 my $zombie = pooled_session('single');
-$zombie->query(sprintf($answer, 'l2', 2));
-like($zombie->{stderr}, qr/ERROR:  ID005: /, 'lease: the old attempt is refused');
+$zombie->query(answer_sql('l2', 2));
+like($zombie->{stderr}, qr/ERROR:  ID005: /, 'lease: the old claim is refused');
 $zombie->{stderr} = '';
 $zombie->quit;
 
-# A client that vanishes leaves its lease to whoever knows its attempt
+# A client that vanishes leaves its lease to whoever knows its claim id
 my $gone = pooled_session('pooled');
-is($gone->query_safe(sprintf($lease, 'l3')), 'started|1||', 'lease: a client begins');
+is($gone->query_safe(lease_sql('l3', 1)), 'started|1||', 'lease: a client begins');
 $gone->query_safe('BEGIN');
-$gone->query_safe(sprintf($answer, 'l3', 1));
+$gone->query_safe(answer_sql('l3', 1));
 $gone->{run}->kill_kill;
 ok( $node->poll_query_until(
 		'postgres',
 		"SELECT count(*) = 0 FROM pg_stat_activity WHERE state LIKE 'idle in%'"),
 	'lease: its transaction ends when it is killed');
-is($node->safe_psql('postgres', sprintf($lease, 'l3')),
-	'in_flight|||', 'lease: and its claim is in flight still');
-is($node->safe_psql('postgres', sprintf($answer, 'l3', 1)),
+is($node->safe_psql('postgres', lease_sql('l3')),
+	'in_flight|1||', 'lease: and its claim is in flight still');
+is($node->safe_psql('postgres', lease_sql('l3', 1)),
+	'started|1||', 'lease: but not for who knows its id');
+is($node->safe_psql('postgres', answer_sql('l3', 1)),
 	'completed', 'lease: another client finishes it');
 is($node->safe_psql('postgres', $count_userlocks),
 	'0', 'lease: no lock is left');

@@ -43,24 +43,23 @@ my $show = q{
 };
 my $show_metrics = q{
 	SET search_path = :"schema";
-	SELECT * FROM idempotency_metric ORDER BY bucket, action;
+	SELECT * FROM idempotency_metric ORDER BY bucket, action, node;
 };
 
-foreach my $schema ('public', 'Odd "Schema')
+foreach my $schema ('public', 'Odd; Schema')
 {
 	my %in_schema = (extra_params => [ '-v', "schema=$schema", '-v',
 		'VERBOSITY=verbose' ]);
-	(my $quoted = $schema) =~ s/"/""/g;
 
 	$node->safe_psql('postgres', 'CREATE DATABASE source');
 	$node->safe_psql('source', qq{
-		CREATE SCHEMA IF NOT EXISTS "$quoted";
-		CREATE EXTENSION idempotency SCHEMA "$quoted"});
+		CREATE SCHEMA IF NOT EXISTS "$schema";
+		CREATE EXTENSION idempotency SCHEMA "$schema"});
 	$node->safe_psql('source', $fill, %in_schema);
 	my $records = $node->safe_psql('source', $show, %in_schema);
 	is(scalar(split(/\n/, $records)), 4, "$schema: there are records");
 	my $metrics = $node->safe_psql('source', $show_metrics, %in_schema);
-	like($metrics, qr/\|pay\|4\|/, "$schema: there are metrics");
+	like($metrics, qr/\|pay\|\d+\/\d+\/\d+\|4\|/, "$schema: there are metrics");
 
 	my $dump = $node->basedir . '/dump';
 	my %restore = (

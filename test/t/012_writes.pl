@@ -75,14 +75,16 @@ sub lease
 {
 	my ($from, $calls) = @_;
 	my $scope = "'shop', 'charge', 'key-' || n";
+	my $claim = claim_of(1);
 	my %call = (
-		'begin' => "idempotency_try_begin($scope, '{\"n\": 1}', lease => '1 hour')",
+		'begin' => "idempotency_try_begin($scope, '{\"n\": 1}', lease => '1 hour', claim => '$claim')",
+		'repeat' => "idempotency_try_begin($scope, '{\"n\": 1}', lease => '1 hour')",
 		'begin other' => "idempotency_try_begin($scope, '{}', lease => '1 hour')",
 		'begin and wait' =>
 		  "idempotency_try_begin($scope, lease => '1 hour', wait => '1 ms')",
-		'checkpoint' => "idempotency_checkpoint($scope, 1, 'charged', '{}', '1 hour')",
-		'finish' => "idempotency_finish($scope, 201, '{}', attempt => 1)",
-		'release' => "idempotency_release($scope, attempt => 1)");
+		'checkpoint' => "idempotency_checkpoint($scope, '$claim', 'charged', '{}', '1 hour')",
+		'finish' => "idempotency_finish($scope, 201, '{}', claim => '$claim')",
+		'release' => "idempotency_release($scope, claim => '$claim')");
 	my $to = $from + 99;
 
 	$node->safe_psql('postgres', join("\n",
@@ -118,7 +120,7 @@ foreach my $case (
 	[ 100, 100, 'begin', 'release' ],
 	[ 100, 100, 'begin', 'finish', 'finish', 'begin', 'begin other' ],
 	[ 100, 100, 'begin', 'release', 'release' ],
-	[ 100, 0, 'begin', 'begin', 'begin other', 'begin and wait' ])
+	[ 100, 0, 'begin', 'repeat', 'begin other', 'begin and wait' ])
 {
 	my ($inserted, $updated, @calls) = @$case;
 	my $calls = join(', ', @calls);
@@ -130,6 +132,11 @@ foreach my $case (
 	cmp_ok($hot, '>=', 0.9 * $updated, "lease: $calls: HOT") if $updated > 0;
 	note "lease: $calls: $hot of $upd are HOT";
 }
+
+# Who asks again for its own claim renews its lease
+forget_rows();
+lease(1, [ 'begin', 'begin' ]);
+like(lease_rows(), qr/^100\|100\|0\|/, 'lease: begin again, by its id: rows');
 
 # Replays and answers "in flight" write nothing, whatever their outcome
 forget_rows();

@@ -80,7 +80,7 @@ foreach my $preload (0, 1)
 
 	# so are the other settings of the administrator's
 	foreach my $setting (
-		'max_ttl=100h', 'key_format=slug',
+		'max_ttl=100h', 'min_ttl=1s', 'key_format=slug',
 		'key_min_length=2', 'key_max_length=10',
 		'max_response_size=10MB', 'commit_guard=off',
 		'sweep_batch_size=1')

@@ -39,17 +39,17 @@ ok( $node->poll_query_until(
 
 # if it did, it would do so for ever
 my $timed_out;
-my ($rc, $stdout) = $node->psql(
+my ($rc) = $node->psql(
 	'postgres', 'CALL idempotency_sweep(10)',
 	timeout => $PostgreSQL::Test::Utils::timeout_default,
 	timed_out => \$timed_out);
 ok(!$timed_out, 'a sweep does not');
-is($stdout, '25', 'and sweeps all');
+is($rc, 0, 'and succeeds');
 is( $node->safe_psql(
 		'postgres',
 		"SELECT key FROM idempotency_key WHERE expires_at <= clock_timestamp()"),
 	'',
-	'what it swept is gone for everybody');
+	'what it swept, which was all, is gone for everybody');
 
 $node->append_conf('postgresql.conf', "synchronous_standby_names = ''");
 $node->reload;

@@ -1,5 +1,5 @@
 # After a crash a leased claim is what the last commit left of it, and belongs to
-# whoever knows its attempt.  What was not committed has not happened, and what
+# whoever knows its id.  What was not committed has not happened, and what
 # was can be asked for again by a caller who did not get to know.
 
 use strict;
@@ -22,30 +22,35 @@ $node->safe_psql(
 
 my %accident = accidents($node);
 
-# Calls on a key; the answer of an attempt is that attempt's alone
+# Calls on a key, with the claim id of an attempt; begin makes one for attempt 0.
+# The answer of an attempt is that attempt's alone.
 sub call
 {
 	my ($what, $key, $attempt) = @_;
 	my $scope = "'shop', 'charge', '$key'";
+	my $claim = "claim => '@{[ claim_of($attempt) ]}'";
 	my $begin = 'SELECT outcome, attempt, recovery_point, recovery_state, response'
 	  . " FROM idempotency_try_begin($scope, '{\"key\": \"$key\"}'";
 
 	return {
-		'begin' => "$begin, lease => '1 hour')",
+		'begin' => "$begin, lease => '1 hour'" . ($attempt ? ", $claim)" : ')'),
 		'begin without lease' => "$begin)",
+		'try without lease' =>
+		  "BEGIN; $begin); SELECT idempotency_release($scope); COMMIT",
 		'begin other' => "SELECT outcome FROM idempotency_try_begin($scope, '{}')",
 		'checkpoint 1' => "SELECT idempotency_checkpoint("
-		  . "$scope, $attempt, 'charged', '{\"id\": 1}', '1 hour') IS NOT NULL",
+		  . "$scope, $claim, recovery_point => 'charged',"
+		  . " recovery_state => '{\"id\": 1}', lease => '1 hour') IS NOT NULL",
 		'checkpoint 2' => "SELECT idempotency_checkpoint("
-		  . "$scope, $attempt, 'mailed', '{\"id\": 2}', '2 hours') IS NOT NULL",
+		  . "$scope, $claim, recovery_point => 'mailed',"
+		  . " recovery_state => '{\"id\": 2}', lease => '2 hours') IS NOT NULL",
 		'work' => "INSERT INTO effect VALUES ('$key', $attempt)",
 		'finish' => "SELECT idempotency_finish("
-		  . "$scope, 201, '{\"by\" :  $attempt}', attempt => $attempt)",
+		  . "$scope, 201, '{\"by\" :  $attempt}', $claim)",
 		'finish otherwise' => "SELECT idempotency_finish("
-		  . "$scope, 200, '{\"by\" :  $attempt}', attempt => $attempt)",
-		'finish for a repeat' =>
-		  "SELECT idempotency_finish($scope, 503, attempt => $attempt)",
-		'release' => "SELECT idempotency_release($scope, attempt => $attempt)"
+		  . "$scope, 200, '{\"by\" :  $attempt}', $claim)",
+		'finish for a repeat' => "SELECT idempotency_finish($scope, 503, $claim)",
+		'release' => "SELECT idempotency_release($scope, $claim)"
 	}->{$what} // die "no such call: $what";
 }
 
@@ -70,7 +75,8 @@ sub is_answer
 	return;
 }
 
-sub is_refused
+# The claim of an attempt is fenced off
+sub is_fenced
 {
 	my ($key, $attempt) = @_;
 
@@ -79,20 +85,36 @@ sub is_refused
 	{
 		like(
 			error_of($node, 'postgres', call($what, $key, $attempt)),
-			qr/ERROR:  ID005: no such claim\n/,
+			qr/ERROR:  ID005: claim was lost\n/,
 			"$key: attempt $attempt is refused: $what");
 	}
 	is(record_of($key), $before, "$key: and has changed nothing");
 	return;
 }
 
-# The claim is that of this attempt, and after its answer everybody gets it
+# The same while a later attempt has the claim, which is then in flight for it as
+# for everybody
+sub is_refused
+{
+	my ($key, $attempt, $holder) = @_;
+
+	is_fenced($key, $attempt);
+	is_answer('begin', $key, $attempt, "in_flight|$holder|||",
+		"attempt $attempt does not get its claim back");
+	return;
+}
+
+# The claim is that of this attempt, also if it asks again, and after its answer
+# everybody gets it
 sub is_owned
 {
-	my ($key, $attempt) = @_;
+	my ($key, $attempt, $recovery) = @_;
 
-	is_answer('begin', $key, $attempt, 'in_flight||||',
+	$recovery //= '|';
+	is_answer('begin', $key, 0, "in_flight|$attempt|||",
 		'a repeat is in flight');
+	is_answer('begin', $key, $attempt, "started|$attempt|$recovery|",
+		'the attempt gets its claim back');
 	is_answer('begin other', $key, $attempt, 'mismatched',
 		'a different request is known for one');
 	is( $node->safe_psql(
@@ -137,9 +159,9 @@ sub is_taken_over
 		join('|', $attempt, $recovery =~ s/\|.*//r),
 		"$key: the lease runs out");
 	my $next = $attempt + 1;
-	is_answer('begin', $key, 0, "started|$next|$recovery|",
+	is_answer('begin', $key, $next, "started|$next|$recovery|",
 		'a repeat takes it over');
-	is_refused($key, $attempt);
+	is_refused($key, $attempt, $next);
 	is_finished_by($key, $next);
 	return;
 }
@@ -160,7 +182,7 @@ my %story = (
 		open => [ [ 'begin', 1 ] ],
 		afterwards => sub {
 			is(record_of($_[0]), '', "$_[0]: there is no record");
-			is_answer('begin', $_[0], 0, 'started|1|||', 'a repeat runs');
+			is_answer('begin', $_[0], 1, 'started|1|||', 'who asks again runs');
 			is_owned($_[0], 1);
 		}
 	},
@@ -186,11 +208,11 @@ my %story = (
 			like(
 				error_of(
 					$node, 'postgres', call('finish otherwise', $_[0], 1)),
-				qr/ERROR:  ID005: no such claim\nDETAIL:  Attempt 1 has already ended, in another way\.\n/,
+				qr/ERROR:  ID005: claim was lost\nDETAIL:  It has already ended, in another way\.\n/,
 				"$_[0]: but not with another answer");
 			like(
 				error_of($node, 'postgres', call('release', $_[0], 1)),
-				qr/ERROR:  ID005: no such claim\nDETAIL:  Attempt 1 has already been finished\.\n/,
+				qr/ERROR:  ID005: claim was lost\nDETAIL:  It has already ended, in another way\.\n/,
 				"$_[0]: nor can it be released");
 			is_replayed($_[0], 1);
 		}
@@ -198,7 +220,7 @@ my %story = (
 	'release-open' => {
 		committed => [ [ 'begin', 1 ], [ 'checkpoint 1', 1 ] ],
 		open => [ [ 'release', 1 ] ],
-		afterwards => sub { is_owned($_[0], 1) }
+		afterwards => sub { is_owned($_[0], 1, 'charged|{"id": 1}') }
 	},
 	'released' => {
 		committed => [ [ 'begin', 1 ], [ 'checkpoint 1', 1 ], [ 'release', 1 ] ],
@@ -206,10 +228,16 @@ my %story = (
 			is_answer('release', $_[0], 1, 'f', 'release can be repeated');
 			is_answer('finish for a repeat', $_[0], 1, 'released',
 				'so can what has the same effect');
-			is_answer('begin', $_[0], 0, 'started|2|||',
-				'a repeat runs, from the beginning');
-			is_refused($_[0], 1);
-			is_owned($_[0], 2);
+			like(
+				error_of($node, 'postgres', call('begin', $_[0], 1)),
+				qr/ERROR:  ID005: claim was lost\nDETAIL:  It was released\.\n/,
+				"$_[0]: but its claim cannot be had again");
+			is_answer('begin other', $_[0], 0, 'mismatched',
+				'a different request is known for one');
+			is_answer('begin', $_[0], 2, 'started|2|charged|{"id": 1}|',
+				'a repeat runs, from the recovery point');
+			is_refused($_[0], 1, 2);
+			is_owned($_[0], 2, 'charged|{"id": 1}');
 		}
 	},
 	'retryable-open' => {
@@ -232,12 +260,27 @@ my %story = (
 		open => [ [ 'begin without lease', 2 ], [ 'work', 2 ] ],
 		afterwards => sub { is_taken_over($_[0], 1, 'charged|{"id": 1}') }
 	},
+	'taken-over-without-lease' => {
+		committed => [
+			[ 'begin', 1 ], [ 'checkpoint 1', 1 ],
+			[ 'run out' ], [ 'try without lease', 0 ]
+		],
+		afterwards => sub {
+			is_fenced($_[0], 1);
+			is_answer('begin', $_[0], 3, 'started|3|charged|{"id": 1}|',
+				'a repeat takes it over');
+			is_owned($_[0], 3, 'charged|{"id": 1}');
+		}
+	},
 	'taken-over' => {
 		committed => [
 			[ 'begin', 1 ], [ 'checkpoint 1', 1 ],
 			[ 'run out' ], [ 'begin', 2 ]
 		],
-		afterwards => sub { is_refused($_[0], 1); is_owned($_[0], 2) }
+		afterwards => sub {
+			is_refused($_[0], 1, 2);
+			is_owned($_[0], 2, 'charged|{"id": 1}');
+		}
 	},
 	'taken-over-twice' => {
 		committed => [
@@ -246,7 +289,7 @@ my %story = (
 			[ 'run out' ], [ 'begin', 3 ]
 		],
 		afterwards => sub {
-			is_refused($_[0], $_) foreach 1, 2;
+			is_refused($_[0], $_, 3) foreach 1, 2;
 			is_taken_over($_[0], 3, 'mailed|{"id": 2}');
 		}
 	});
@@ -300,21 +343,22 @@ foreach my $accident (sort keys %accident)
 
 		$node->safe_psql('postgres',
 			'UPDATE idempotency_key SET expires_at = created_at');
-		is($node->safe_psql('postgres', 'CALL idempotency_sweep()'),
-			scalar(keys %story), 'a sweep takes them all');
+		is(count_swept($node), scalar(keys %story), 'a sweep takes them all');
 	};
 }
 
 # A prepared transaction keeps what it did with the claim over a crash
 sub is_prepared
 {
-	my ($key, $statements, $resolution) = @_;
+	my ($key, $statements, $resolution, $holder) = @_;
+	my $in_flight = "in_flight|$holder|||";
 
 	$node->safe_psql('postgres', "BEGIN; $statements; PREPARE TRANSACTION '$key'");
 	my $before = record_of($key);
-	is_answer('begin', $key, 0, 'in_flight||||', 'in flight before the crash');
+	is_answer('begin', $key, 0, $in_flight, 'in flight before the crash');
 	$accident{'postmaster killed'}->();
-	is_answer('begin', $key, 0, 'in_flight||||', 'in flight after it');
+	is_answer('begin', $key, 0, $in_flight, 'in flight after it');
+	is_answer('begin', $key, 1, 'in_flight||||', 'also for who asks again');
 	is(record_of($key), $before, "$key: the record is as it was");
 	$node->safe_psql('postgres', "$resolution PREPARED '$key'");
 	is($node->safe_psql('postgres', $count_userlocks),
@@ -326,14 +370,14 @@ foreach my $resolution ('COMMIT', 'ROLLBACK')
 {
 	my $key = lc "begin-$resolution-prepared";
 
-	is_prepared($key, call('begin', $key, 1), $resolution);
-	is_answer('begin', $key, 0, 'started|1|||', 'a repeat runs')
+	is_prepared($key, call('begin', $key, 1), $resolution, '');
+	is_answer('begin', $key, 1, 'started|1|||', 'a repeat runs')
 	  if $resolution eq 'ROLLBACK';
 	is_owned($key, 1);
 
 	$key = lc "finish-$resolution-prepared";
 	$node->safe_psql('postgres', call('begin', $key, 1));
-	is_prepared($key, call('finish', $key, 1), $resolution);
+	is_prepared($key, call('finish', $key, 1), $resolution, 1);
 	is_owned($key, 1) if $resolution eq 'ROLLBACK';
 	is_answer('finish', $key, 1, 'completed', 'finish can be repeated');
 	is_replayed($key, 1);
@@ -342,11 +386,11 @@ foreach my $resolution ('COMMIT', 'ROLLBACK')
 	$node->safe_psql('postgres', call('begin', $key, 1));
 	$node->safe_psql('postgres', call('checkpoint 1', $key, 1));
 	run_out($node, $key);
-	is_prepared($key, call('begin', $key, 2), $resolution);
+	is_prepared($key, call('begin', $key, 2), $resolution, '');
 	if ($resolution eq 'COMMIT')
 	{
-		is_refused($key, 1);
-		is_owned($key, 2);
+		is_refused($key, 1, 2);
+		is_owned($key, 2, 'charged|{"id": 1}');
 	}
 	else
 	{

@@ -1,5 +1,6 @@
 # A lease is a record, so a standby has it: promoted, it goes on with the leases
-# that were open, stalled or released, and knows their attempts.
+# that were open, stalled or released, and knows their claim ids.  Before that, it
+# shows what became of a request.
 
 use strict;
 use warnings;
@@ -27,18 +28,19 @@ $standby->start;
 
 sub begin_sql
 {
-	my ($key) = @_;
+	my ($key, $attempt) = @_;
+	my $claim = defined $attempt ? ", claim => '@{[ claim_of($attempt) ]}'" : '';
 
 	return 'SELECT outcome, attempt, recovery_point, recovery_state, response'
-	  . " FROM idempotency_try_begin('shop', 'charge', '$key', '{\"key\": \"$key\"}', lease => '1 hour')";
+	  . " FROM idempotency_try_begin('shop', 'charge', '$key', '{\"key\": \"$key\"}', lease => '1 hour'$claim)";
 }
 
 sub checkpoint_sql
 {
 	my ($key, $attempt, $point) = @_;
 
-	return "SELECT idempotency_checkpoint('shop', 'charge', '$key', $attempt,"
-	  . " '$point', '{\"by\": $attempt}', '1 hour') > now()";
+	return "SELECT idempotency_checkpoint('shop', 'charge', '$key',"
+	  . " '@{[ claim_of($attempt) ]}', '$point', '{\"by\": $attempt}', '1 hour') > now()";
 }
 
 sub finish_sql
@@ -46,14 +48,15 @@ sub finish_sql
 	my ($key, $attempt) = @_;
 
 	return "SELECT idempotency_finish('shop', 'charge', '$key', 201,"
-	  . " '{\"by\" :  $attempt}', attempt => $attempt)";
+	  . " '{\"by\" :  $attempt}', claim => '@{[ claim_of($attempt) ]}')";
 }
 
 sub release_sql
 {
 	my ($key, $attempt) = @_;
 
-	return "SELECT idempotency_release('shop', 'charge', '$key', attempt => $attempt)";
+	return "SELECT idempotency_release('shop', 'charge', '$key',"
+	  . " claim => '@{[ claim_of($attempt) ]}')";
 }
 
 sub on
@@ -74,7 +77,7 @@ sub is_fenced
 	{
 		like(
 			error_of($standby, 'postgres', $sql),
-			qr/ERROR:  ID005: no such claim\n/,
+			qr/ERROR:  ID005: claim was lost\n/,
 			"promoted: $key: attempt $attempt is fenced off: $sql");
 	}
 	return;
@@ -85,19 +88,20 @@ sub is_fenced
 my @keys = (
 	'finished', 'open', 'open-with-point', 'prepared-begin', 'prepared-finish',
 	'released', 'stalled', 'stalled-late', 'taken-over');
-on($primary, begin_sql($_)) foreach grep { $_ ne 'prepared-begin' } @keys;
+on($primary, begin_sql($_, 1)) foreach grep { $_ ne 'prepared-begin' } @keys;
 on($primary, checkpoint_sql($_, 1, 'charged'))
   foreach 'open-with-point', 'released', 'stalled', 'stalled-late', 'taken-over';
 run_out($primary, $_) foreach 'stalled', 'stalled-late', 'taken-over';
-on($primary, begin_sql('taken-over'));
+on($primary, begin_sql('taken-over', 2));
 on($primary, release_sql('released', 1));
 on($primary, finish_sql('finished', 1));
-on($primary, 'BEGIN; ' . begin_sql('prepared-begin') . "; PREPARE TRANSACTION 'b'");
+on($primary, 'BEGIN; ' . begin_sql('prepared-begin', 1) . "; PREPARE TRANSACTION 'b'");
 on($primary,
 	'BEGIN; ' . finish_sql('prepared-finish', 1) . "; PREPARE TRANSACTION 'f'");
 $primary->wait_for_catchup($standby);
 
-# A hot standby shows them, and gives only answers
+# A hot standby shows them, and tells what became of each request as far as that
+# is in the table
 my $in_flight =
   'SELECT key, attempt, pid FROM idempotency_in_flight ORDER BY key';
 is( on($standby, $in_flight),
@@ -108,17 +112,43 @@ my $stalled =
 is( on($standby, $stalled),
 	"stalled|1|charged\nstalled-late|1|charged",
 	'standby: the stalled ones');
-foreach my $key (@keys)
+my %replay = (
+	'finished' => 'replayed|1|||{"by" :  1}|t|f',
+	'never-begun' => '|||||f|f',
+	'open' => 'in_flight|1||||t|t',
+	'open-with-point' => 'in_flight|1|charged|||t|t',
+	'prepared-begin' => '|||||f|f',
+	'prepared-finish' => 'in_flight|1||||t|t',
+	'released' => '|||||f|f',
+	'stalled' => 'stalled|1|charged|||t|t',
+	'stalled-late' => 'stalled|1|charged|||t|t',
+	'taken-over' => 'in_flight|2|charged|||t|t');
+foreach my $key (sort keys %replay)
 {
-	is( on( $standby,
-			"SELECT outcome, response FROM idempotency_replay('shop', 'charge', '$key', '{\"key\": \"$key\"}')"
-		),
-		$key eq 'finished' ? 'replayed|{"by" :  1}' : '|',
-		"standby: replay: $key");
-	is( on( $standby,
-			"SELECT outcome FROM idempotency_replay('shop', 'charge', '$key')"),
-		$key eq 'finished' ? 'replayed' : '',
-		"standby: replay without a request: $key");
+	foreach my $request (", '{\"key\": \"$key\"}'", '')
+	{
+		is( on( $standby,
+				'SELECT outcome, attempt, recovery_point, recovery_state, response,'
+				  . ' created_at IS NOT NULL,'
+				  . " coalesce(retry_after = 1 AND outcome = 'stalled'"
+				  . " OR retry_after BETWEEN 2 AND 3600 AND outcome = 'in_flight', false)"
+				  . " FROM idempotency_replay('shop', 'charge', '$key'$request)"),
+			$replay{$key},
+			"standby: replay: $key" . ($request eq '' ? ', any request' : ''));
+	}
+
+	# whoever has a record, also a released one, knows a different request
+	my $other = "SELECT idempotency_replay('shop', 'charge', '$key', '{}')";
+	if ($key eq 'never-begun' || $key eq 'prepared-begin')
+	{
+		is(on($standby, $other), '(,,,,,,,,,,,,)',
+			"standby: replay: $key: nothing is known of another request");
+		next;
+	}
+	like(
+		error_of($standby, 'postgres', $other),
+		qr/ERROR:  ID004: idempotency key was used with a different request\n/,
+		"standby: replay: $key: a different request");
 }
 
 my $read_only = 'in a read-only transaction';
@@ -147,19 +177,33 @@ foreach my $key ('open', 'stalled', 'never-begun', 'finished')
 		error_of($standby, 'postgres', checkpoint_sql($key, 1, 'late')),
 		qr/ERROR:  25006: cannot execute idempotency_checkpoint\(\) $read_only\n/,
 		"standby: idempotency_checkpoint is refused: $key");
+	like(
+		error_of(
+			$standby, 'postgres',
+			"SELECT idempotency_store('shop', 'charge', '$key', NULL, 402)"),
+		qr/ERROR:  25006: cannot execute idempotency_store\(\) $read_only\n/,
+		"standby: idempotency_store is refused: $key");
+	like(
+		error_of(
+			$standby, 'postgres',
+			"SELECT idempotency_forget('shop', 'charge', '$key')"),
+		qr/ERROR:  25006: cannot execute idempotency_forget\(\) $read_only\n/,
+		"standby: idempotency_forget is refused: $key");
 }
 like(
 	error_of($standby, 'postgres',
 		q{SELECT idempotency_first_seen('shop', 'mailer', '{a,b}')}),
 	qr/ERROR:  25006: cannot execute idempotency_first_seen\(\) $read_only\n/,
 	'standby: idempotency_first_seen is refused');
-like(
-	error_of(
-		$standby, 'postgres',
-		q{SELECT idempotency_run('shop', 'charge', 'new', '{}', 'charge(jsonb)')}
-	),
-	qr/ERROR:  25006: cannot execute idempotency_run\(\) $read_only\n/,
-	'standby: idempotency_run is refused');
+foreach my $run ('idempotency_run', 'idempotency_try_run')
+{
+	like(
+		error_of(
+			$standby, 'postgres',
+			"SELECT $run('shop', 'charge', 'new', '{}', 'charge(jsonb)')"),
+		qr/ERROR:  25006: cannot execute $run\(\) $read_only\n/,
+		"standby: $run is refused");
+}
 is( on($standby, q{SELECT idempotency_event_key('order.paid', '42', 7)}),
 	on($primary, q{SELECT idempotency_event_key('order.paid', '42', 7)}),
 	'standby: the key of an event can be made');
@@ -169,8 +213,8 @@ on($primary, checkpoint_sql('open', 1, 'late'));
 my $session = session($primary);
 $session->query_safe('BEGIN');
 $session->query_safe(checkpoint_sql('open', 1, 'lost'));
-$session->query_safe(begin_sql('lost'));
-$session->query_safe(begin_sql('stalled'));
+$session->query_safe(begin_sql('lost', 1));
+$session->query_safe(begin_sql('stalled', 2));
 on($primary, 'SELECT pg_switch_wal()');
 $primary->wait_for_catchup($standby);
 is(on($standby, $in_flight),
@@ -188,11 +232,16 @@ is(on($standby, $stalled),
 foreach my $key ('open', 'open-with-point', 'prepared-begin', 'prepared-finish',
 	'taken-over')
 {
-	is(on($standby, begin_sql($key)),
-		'in_flight||||', "promoted: $key: in flight");
+	is( on($standby, begin_sql($key)),
+		$key eq 'prepared-begin' ? 'in_flight||||'
+		: $key eq 'taken-over' ? 'in_flight|2|||'
+		: 'in_flight|1|||',
+		"promoted: $key: in flight");
 }
 
-# Who began an attempt goes on with it
+# Who began an attempt goes on with it, also when it has to ask for it again
+is(on($standby, begin_sql('open', 1)),
+	'started|1|late|{"by": 1}|', 'promoted: open: its claim can be had again');
 is(on($standby, checkpoint_sql('open', 1, 'mailed')),
 	't', 'promoted: open: its attempt goes on');
 is(on($standby, finish_sql('open', 1)),
@@ -203,7 +252,7 @@ is(on($standby, begin_sql('open')),
 	'replayed|1|||{"by" :  1}', 'promoted: open: a repeat gets the answer');
 
 run_out($standby, 'open-with-point');
-is(on($standby, begin_sql('open-with-point')),
+is(on($standby, begin_sql('open-with-point', 2)),
 	'started|2|charged|{"by": 1}|',
 	'promoted: open-with-point: taken over when its lease runs out');
 is_fenced('open-with-point', 1);
@@ -217,13 +266,13 @@ is(on($standby, begin_sql('stalled-late')),
 	'replayed|1|||{"by" :  1}',
 	'promoted: stalled-late: a repeat gets the answer');
 
-is(on($standby, begin_sql('stalled')),
+is(on($standby, begin_sql('stalled', 2)),
 	'started|2|charged|{"by": 1}|', 'promoted: stalled: taken over');
 is_fenced('stalled', 1);
 is(on($standby, release_sql('stalled', 2)),
 	't', 'promoted: stalled: the new attempt releases it');
-is(on($standby, begin_sql('stalled')),
-	'started|3|||', 'promoted: stalled: and the next one runs');
+is(on($standby, begin_sql('stalled', 3)),
+	'started|3|charged|{"by": 1}|', 'promoted: stalled: and the next one runs');
 is_fenced('stalled', $_) foreach 1, 2;
 is(on($standby, finish_sql('stalled', 3)),
 	'completed', 'promoted: stalled: and finishes');
@@ -234,8 +283,9 @@ is(on($standby, finish_sql('taken-over', 2)),
 
 is(on($standby, release_sql('released', 1)),
 	'f', 'promoted: released: it is released already');
-is(on($standby, begin_sql('released')),
-	'started|2|||', 'promoted: released: the next attempt runs');
+is(on($standby, begin_sql('released', 2)),
+	'started|2|charged|{"by": 1}|',
+	'promoted: released: the next attempt runs from the recovery point');
 is_fenced('released', 1);
 is(on($standby, finish_sql('released', 2)),
 	'completed', 'promoted: released: and finishes');
@@ -245,7 +295,7 @@ is(on($standby, finish_sql('finished', 1)),
 is(on($standby, begin_sql('finished')),
 	'replayed|1|||{"by" :  1}', 'promoted: finished: a repeat gets the answer');
 
-is(on($standby, begin_sql('lost')),
+is(on($standby, begin_sql('lost', 1)),
 	'started|1|||', 'promoted: lost: what was not committed runs');
 is(on($standby, finish_sql('lost', 1)),
 	'completed', 'promoted: lost: and finishes');
@@ -253,7 +303,7 @@ is(on($standby, finish_sql('lost', 1)),
 # What was prepared can be resolved
 on($standby, "COMMIT PREPARED '$_'") foreach 'b', 'f';
 is(on($standby, begin_sql('prepared-begin')),
-	'in_flight||||', 'promoted: prepared-begin: a lease when committed');
+	'in_flight|1|||', 'promoted: prepared-begin: a lease when committed');
 is(on($standby, finish_sql('prepared-begin', 1)),
 	'completed', 'promoted: prepared-begin: which can be finished');
 is(on($standby, begin_sql('prepared-finish')),

@@ -38,13 +38,30 @@ sub begin_sql
 	  . ' FROM idempotency_try_begin(' . scope($key) . "$named)";
 }
 
+# The arguments of a begin that asks for a lease, with the claim id of an attempt
+sub leased
+{
+	my ($attempt) = @_;
+
+	return (lease => '1 hour', claim => claim_of($attempt));
+}
+
 sub finish_sql
 {
 	my ($key, $attempt, $status) = @_;
 
 	$status //= 201;
 	return 'SELECT idempotency_finish(' . scope($key)
-	  . ", $status, '{\"by\" :  $attempt}', attempt => $attempt)";
+	  . ", $status, '{\"by\" :  $attempt}', claim => '@{[ claim_of($attempt) ]}')";
+}
+
+# The same for a transaction claim, which has no id
+sub finish_own_sql
+{
+	my ($key, $attempt) = @_;
+
+	return 'SELECT idempotency_finish(' . scope($key)
+	  . ", 201, '{\"by\" :  $attempt}')";
 }
 
 sub release_sql
@@ -52,7 +69,7 @@ sub release_sql
 	my ($key, $attempt) = @_;
 
 	return 'SELECT idempotency_release(' . scope($key)
-	  . ", attempt => $attempt)";
+	  . ", claim => '@{[ claim_of($attempt) ]}')";
 }
 
 sub checkpoint_sql
@@ -60,7 +77,7 @@ sub checkpoint_sql
 	my ($key, $attempt) = @_;
 
 	return 'SELECT idempotency_checkpoint(' . scope($key)
-	  . ", $attempt, 'charged', lease => '1 hour') > now()";
+	  . ", '@{[ claim_of($attempt) ]}', 'charged', lease => '1 hour') > now()";
 }
 
 sub ask
@@ -70,13 +87,13 @@ sub ask
 	return $node->safe_psql('postgres', $sql);
 }
 
-# Begin a lease of an hour
+# Begin a lease of an hour, as the first attempt
 sub lease
 {
 	my ($key) = @_;
 
 	die "cannot begin $key"
-	  unless ask(begin_sql($key, lease => '1 hour')) eq 'started|1||';
+	  unless ask(begin_sql($key, leased(1))) eq 'started|1||';
 	return;
 }
 
@@ -159,7 +176,7 @@ sub test_ends
 		my $key = $end =~ s/ /-/gr;
 
 		lease($key);
-		my $waiter = sleeper($end, begin_sql($key, wait => '10 min', lease => '1 hour'));
+		my $waiter = sleeper($end, begin_sql($key, wait => '10 min', leased(2)));
 		ask($sql->($key));
 		is_answer($waiter, $answer, "$end: a waiter is answered");
 
@@ -175,7 +192,7 @@ sub test_ends
 		{
 			is(ask(begin_sql($key)),
 				'in_flight|||', "$end: and holds the claim then");
-			$waiter->query_safe(finish_sql($key, 2));
+			$waiter->query_safe(finish_own_sql($key, 2));
 		}
 		$waiter->query_safe('COMMIT');
 		$waiter->quit;
@@ -192,7 +209,7 @@ sub test_goes_on
 {
 	lease('goes-on');
 	my $waiter = sleeper('goes on',
-		begin_sql('goes-on', wait => '10 min', lease => '1 hour'));
+		begin_sql('goes-on', wait => '10 min', leased(2)));
 	foreach my $sql (
 		finish_sql('goes-on', 1), release_sql('goes-on', 1),
 		checkpoint_sql('goes-on', 1))
@@ -200,9 +217,12 @@ sub test_goes_on
 		ask("BEGIN; $sql; ROLLBACK");
 		await_sleep($waiter);
 		is(ask(begin_sql('goes-on')),
-			'in_flight|||', 'goes on: nothing has happened by a rollback');
+			'in_flight|1||', 'goes on: nothing has happened by a rollback');
 	}
 	ask(checkpoint_sql('goes-on', 1));
+	await_sleep($waiter);
+	is(ask(begin_sql('goes-on', leased(1))),
+		'started|1|charged|', 'goes on: the claim asks for itself again');
 	await_sleep($waiter);
 
 	# who sleeps has no page pinned, which a vacuum would wait for
@@ -216,7 +236,7 @@ sub test_goes_on
 	like(
 		error_of($node, 'postgres', finish_sql('goes-on', 2)),
 		qr/ERROR:  ID005: /,
-		'goes on: another attempt is refused');
+		'goes on: another claim is refused');
 	await_sleep($waiter);
 
 	# not even when the row is locked for a while
@@ -243,19 +263,18 @@ sub test_runs_out
 	lease('ended');
 	ask(checkpoint_sql('ended', 1));
 	my $waiter = sleeper('runs out',
-		begin_sql('ended', wait => '10 min', lease => '1 hour'));
+		begin_sql('ended', wait => '10 min', leased(2)));
 	run_out($node, 'ended');
 	is_answer($waiter, 'started|2|charged|',
 		'runs out: a waiter takes over with the recovery point');
 	like(
 		error_of($node, 'postgres', finish_sql('ended', 1)),
 		qr/ERROR:  ID005: /,
-		'runs out: the old attempt is fenced off');
+		'runs out: the old claim is fenced off');
 
 	# a short lease that is renewed goes on
-	ask(begin_sql('renewed', lease => '700 ms'));
-	$waiter = start_waiter(
-		begin_sql('renewed', wait => '10 min', lease => '1 hour'));
+	ask(begin_sql('renewed', leased(1), lease => '700 ms'));
+	$waiter = start_waiter(begin_sql('renewed', wait => '10 min', leased(2)));
 	my ($rc) = $node->psql('postgres', checkpoint_sql('renewed', 1));
 	if ($rc == 0)
 	{
@@ -276,15 +295,15 @@ sub test_runs_out
 sub test_time_out
 {
 	my ($preload) = @_;
-	my $in_flight = "SELECT outcome, attempt IS NULL,"
-	  . " retry_after > '50 min' AND retry_after <= '1 hour'"
+	my $in_flight = "SELECT outcome, attempt,"
+	  . ' retry_after > 3000 AND retry_after <= 3600'
 	  . ' FROM idempotency_try_begin(' . scope('long') . ", wait => '%s')";
 
 	lease('long');
 	foreach my $wait ('1 ms', '40 ms', '1300 ms')
 	{
 		is(ask(sprintf($in_flight, $wait)),
-			'in_flight|t|t', "time-out: after $wait");
+			'in_flight|1|t', "time-out: after $wait");
 	}
 	like(
 		error_of($node, 'postgres',
@@ -292,7 +311,7 @@ sub test_time_out
 		qr/ERROR:  ID003: [^\n]*\nDETAIL:  The lease of attempt 1 runs out in \d+\.\d{3} s\.\nHINT:  Retry after \d+ s\.\n/,
 		'time-out: raised as an error');
 	is( ask("SET idempotency.wait = '40 ms'; " . begin_sql('long')),
-		'in_flight|||', 'time-out: by the setting');
+		'in_flight|1||', 'time-out: by the setting');
 
 	# the transaction goes on, and the waiter has looked now and then
 	my ($outcome, $looks) = split /\n/, ask(
@@ -301,7 +320,7 @@ sub test_time_out
 		  . q{; SELECT idx_scan FROM pg_stat_xact_user_tables
 				WHERE relname = 'idempotency_key';}
 		  . 'COMMIT');
-	is($outcome, 'in_flight|||', 'time-out: in a transaction');
+	is($outcome, 'in_flight|1||', 'time-out: in a transaction');
 	cmp_ok($looks, '>=', 2, 'time-out: a waiter looks again');
 	cmp_ok($looks, '<=', $looks{$preload}, 'time-out: but is not busy');
 
@@ -309,7 +328,7 @@ sub test_time_out
 	is( ask(
 			begin_sql('long', request_hash => '\\x0123456789abcdef0123456789abcdef')
 		),
-		'in_flight|||',
+		'in_flight|1||',
 		'time-out: what was begun without a request matches any');
 	ask(begin_sql('other', request => '{"n": 1}', lease => '1 hour'));
 	is( ask(begin_sql('other', request => '{"n": 2}', wait => '1 hour')),
@@ -397,21 +416,25 @@ sub test_wake
 	return;
 }
 
-# Of several waiters exactly one takes over; the others wait for that one then
+# Of several waiters exactly one takes over; the others wait for that one then.
+# Each has a claim id of its own.
 sub test_many
 {
-	my $begin = begin_sql('many', wait => '10 min', lease => '1 hour');
+	my $holder = 1;
+	my %held;
 
 	lease('many');
-	my @waiters = map { sleeper("many: $_", $begin) } 1 .. 6;
+	my @waiters = map {
+		sleeper("many: $_", begin_sql('many', wait => '10 min', leased(10 + $_)))
+	} 1 .. 6;
 	my $left = scalar @waiters;
 	foreach my $attempt (1, 2, 3)
 	{
 		my $next = $attempt + 1;
 
 		# by release, by a retryable finish, and by the end of the lease
-		if ($attempt == 1) { ask(release_sql('many', 1)) }
-		elsif ($attempt == 2) { ask(finish_sql('many', 2, 503)) }
+		if ($attempt == 1) { ask(release_sql('many', $holder)) }
+		elsif ($attempt == 2) { ask(finish_sql('many', $holder, 503)) }
 		else { run_out($node, 'many') }
 		$node->poll_query_until('postgres',
 			"SELECT attempt = $next FROM idempotency_key WHERE key = 'many'")
@@ -430,14 +453,20 @@ sub test_many
 		is( ask("SELECT attempt FROM idempotency_in_flight WHERE key = 'many'"),
 			$next, "many: there is no attempt after $next");
 		is(ask($count_userlocks), '0', "many: nobody has a lock");
+		$holder = ask(
+			"SELECT right(claim::text, 12)::int FROM idempotency_key WHERE key = 'many'"
+		);
+		$held{$holder} = 1;
 	}
-	ask(finish_sql('many', 4));
+	is(scalar(grep { $_ > 10 && $_ <= 16 } keys %held),
+		3, 'many: the claims are those of three waiters');
+	ask(finish_sql('many', $holder));
 
 	my @answers = sort map { answer_to($_) } @waiters;
 	is_deeply(
 		\@answers,
 		[
-			('replayed|4||{"by" :  4}') x 3, 'started|2||',
+			("replayed|4||{\"by\" :  $holder}") x 3, 'started|2||',
 			'started|3||', 'started|4||'
 		],
 		'many: three got an attempt each, three the answer');
@@ -456,9 +485,8 @@ sub test_changes
 		my $waiter;
 
 		$session->query_safe('BEGIN');
-		$session->query_safe(begin_sql($key, lease => '1 hour'));
-		$waiter = start_waiter(
-			begin_sql($key, wait => '10 min', lease => '1 hour'));
+		$session->query_safe(begin_sql($key, leased(1)));
+		$waiter = start_waiter(begin_sql($key, wait => '10 min', leased(2)));
 		await_sleep($waiter, 'Lock');
 		$session->query_safe($end);
 		$session->quit;
@@ -483,13 +511,13 @@ sub test_changes
 
 		lease($key);
 		$waiter = sleeper("takeover $end",
-			begin_sql($key, wait => '10 min', lease => '1 hour'));
+			begin_sql($key, wait => '10 min', leased(3)));
 		# nobody who waits gets it, as it runs out under the lock of this session
 		$session->query_safe('BEGIN');
 		$session->query_safe(
 			'UPDATE idempotency_key SET lease_expires_at = clock_timestamp()'
 			  . " WHERE key = '$key'");
-		is($session->query_safe(begin_sql($key, lease => '1 hour')),
+		is($session->query_safe(begin_sql($key, leased(2))),
 			'started|2||', "takeover $end: it runs");
 		$session->query_safe($end);
 		$session->quit;
@@ -511,7 +539,8 @@ sub test_changes
 	my $waiter =
 	  start_waiter(begin_sql('released-early', wait => '10 min', lease => '1 hour'));
 	await_sleep($waiter, 'Lock');
-	$session->query_safe(release_sql('released-early', 2));
+	$session->query_safe(
+		'SELECT idempotency_release(' . scope('released-early') . ')');
 	await_sleep($waiter);
 	# each time it looks, it has the lock for a moment
 	ok($node->poll_query_until('postgres', "SELECT ($count_userlocks) = 0"),
@@ -519,6 +548,41 @@ sub test_changes
 	$session->query_safe('COMMIT');
 	$session->quit;
 	is_answer($waiter, 'started|3||', 'released early: a waiter has the next attempt');
+	return;
+}
+
+# Who asks again for its own claim waits while its first call, or the end of its
+# claim, is under way
+sub test_again
+{
+	my $begin = sub { begin_sql($_[0], leased(1), wait => '10 min') };
+
+	foreach my $end ('COMMIT', 'ROLLBACK')
+	{
+		my $key = lc "again-$end";
+		my $session = session($node);
+
+		$session->query_safe('BEGIN');
+		is($session->query_safe(begin_sql($key, leased(1))),
+			'started|1||', "again $end: it is begun");
+		is(ask(begin_sql($key, leased(1))),
+			'in_flight|||', "again $end: in flight while it is begun");
+		my $waiter = start_waiter($begin->($key));
+		await_sleep($waiter, 'Lock');
+		$session->query_safe($end);
+		is_answer($waiter, 'started|1||', "again $end: a waiter gets the claim");
+
+		$session->query_safe('BEGIN');
+		$session->query_safe(finish_sql($key, 1));
+		is(ask(begin_sql($key, leased(1))),
+			'in_flight|||', "again $end: in flight while it is finished");
+		$waiter = sleeper("again $end", $begin->($key));
+		$session->query_safe($end);
+		is_answer($waiter,
+			$end eq 'COMMIT' ? 'replayed|1||{"by" :  1}' : 'started|1||',
+			"again $end: a waiter gets the answer, or the claim");
+		$session->quit;
+	}
 	return;
 }
 
@@ -541,7 +605,7 @@ sub test_prepared
 		  sleeper($key, begin_sql($key, wait => '10 min', lease => '1 hour'));
 		ask("BEGIN; $sql; PREPARE TRANSACTION '$key'");
 		await_sleep($waiter);
-		is(ask(begin_sql($key)), 'in_flight|||', "$key: in flight when prepared");
+		is(ask(begin_sql($key)), 'in_flight|1||', "$key: in flight when prepared");
 		ask("$end PREPARED '$key'");
 		if ($end eq 'ROLLBACK')
 		{
@@ -620,6 +684,7 @@ foreach my $preload (0, 1)
 		test_wake() if $preload;
 		test_many();
 		test_changes();
+		test_again();
 		test_prepared();
 		test_isolation();
 

@@ -233,6 +233,36 @@ ok(wait_for_worker('closed', $seen{closed}),
 	'until connections are allowed again');
 on('postgres', 'DROP DATABASE copied');
 
+# The same when it is created by a transaction that is prepared, in a database
+# that is known to have none
+on('postgres', "CREATE DATABASE $_") foreach 'prepared', 'undone';
+ok(wait_for_worker($_, 0), "a worker looks into database $_")
+  foreach 'prepared', 'undone';
+let_sweep();
+on($_,
+	'BEGIN; CREATE EXTENSION idempotency; ' . fill_sql(100) . " PREPARE TRANSACTION '$_'")
+  foreach 'prepared', 'undone';
+let_sweep();
+$seen{never} = count_transactions('never');
+let_sweep();
+is(count_transactions('never'),
+	$seen{never}, 'a transaction that is only prepared has nobody look');
+on('undone', "ROLLBACK PREPARED 'undone'");
+let_sweep();
+is(count_transactions('never'),
+	$seen{never}, 'nor has one that was rolled back');
+on('prepared', "COMMIT PREPARED 'prepared'");
+is_swept('prepared', 'an extension that was prepared is swept after its commit');
+ok(wait_for_worker('never', $seen{never}), 'and a worker looks everywhere');
+let_sweep();
+on('prepared', "BEGIN; CREATE TABLE other (); PREPARE TRANSACTION 'other'");
+$seen{never} = count_transactions('never');
+on('prepared', "COMMIT PREPARED 'other'");
+let_sweep();
+is(count_transactions('never'),
+	$seen{never}, 'which is not done for each transaction that was prepared');
+on('postgres', "DROP DATABASE $_") foreach 'prepared', 'undone';
+
 # CREATE EXTENSION makes a database known at once, and not after the interval,
 # also while the launcher waits for a worker, or when the last one failed
 on('two', $fail_sql . fill_sql(1));
@@ -243,8 +273,7 @@ on('plain', 'BEGIN; CREATE EXTENSION idempotency; ' . fill_sql(100) . ' COMMIT')
 is_swept('plain', 'CREATE EXTENSION makes a database known');
 has_status('plain', 'swept = 100 AND NOT behind',
 	'the status has what a worker swept');
-is(on('postgres', 'CALL idempotency_sweep()'),
-	'7', 'a sweep by hand, when none comes');
+is(count_swept($node), 7, 'a sweep by hand, when none comes');
 is( on( 'postgres', q{SELECT swept, behind,
 			last_sweep_at BETWEEN clock_timestamp() - interval '1 min' AND clock_timestamp()
 			FROM idempotency_worker_status()}),
@@ -252,7 +281,7 @@ is( on( 'postgres', q{SELECT swept, behind,
 	'the status has it');
 is( on( 'postgres', q{CALL idempotency_sweep(max_duration => '1 us');
 			SELECT swept, behind FROM idempotency_worker_status()}),
-	"0\n0|t",
+	'0|t',
 	'and whether it was over before its end');
 on('two', 'DROP EXTENSION idempotency');
 on('two', 'BEGIN; CREATE EXTENSION idempotency; ' . fill_sql(100) . ' COMMIT');

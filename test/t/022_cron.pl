@@ -16,7 +16,7 @@ use Test::More;
 # Sharp names, so that all quoting is seen
 my $home = q{o'clock "cron"};
 my $away = q{a 'way\\};
-my $qualified = '"Idem ""Potent"""';
+my $qualified = '"Idem; Potent"';
 
 my $node = new_server('main');
 $node->start;
@@ -177,7 +177,7 @@ my $error = error_on($away, schedule($finest));
 my ($there) = $error =~ $hint;
 is( $error =~ s/$hint//r, $elsewhere, 'elsewhere: an error');
 is( $there,
-	qq{SELECT cron.schedule_in_database(E'idempotency sweep of a ''way\\\\', '$finest', 'CALL "Idem ""Potent""".idempotency_sweep()', E'a ''way\\\\')},
+	qq{SELECT cron.schedule_in_database(E'idempotency sweep of a ''way\\\\', '$finest', 'CALL "Idem; Potent".idempotency_sweep()', E'a ''way\\\\')},
 	'elsewhere: schedule');
 ($there) = error_on($away, schedule()) =~ $hint;
 like($there, qr/, '\* \* \* \* \*', 'CALL /, 'elsewhere: schedule by default');

@@ -117,6 +117,31 @@ is(on('shop', $began), $since, 'and since when');
 ok(!-e $saved, 'the file that it was in is gone');
 flush('shop');
 flushed_is_counted('shop', 'what was not flushed before is flushed after it');
+is( on( 'shop', q{
+		SELECT count(*) = 1
+		FROM pg_control_system(), pg_database AS d,
+			CAST(extract(epoch FROM pg_postmaster_start_time() - timestamptz '2000-01-01 00:00:00+00') * 1000000 AS bigint) AS started_at,
+			(SELECT DISTINCT node FROM idempotency_metric) AS m
+		WHERE datname = current_database()
+		AND node = concat_ws('/', system_identifier, started_at, d.oid)}),
+	't',
+	'by the node that it is since then');
+
+# What another node has counted in the same minute is not added to
+on( 'shop', q{
+	INSERT INTO idempotency_metric
+	SELECT date_trunc('minute', now()) + n * interval '1 min', 'flushed', 'another', 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, '{}', '{}'
+	FROM generate_series(0, 9) AS n});
+work('shop', 'flushed', 1);
+flush('shop');
+is( on( 'shop', q{
+		SELECT count(*), sum(started) FROM idempotency_metric
+		WHERE node = 'another' AND started = 1}),
+	'10|10',
+	'another node has rows of its own');
+on('shop', "DELETE FROM idempotency_metric WHERE node = 'another'");
+flushed_is_counted('shop', 'and so has this one');
+$before = on('shop', $counted);
 $node->restart;
 flush('shop');
 is(on('shop', $counted), $before, 'another restart changes nothing');
@@ -418,27 +443,43 @@ is(on('other', 'SELECT num_nulls(capacity, used, lost) FROM idempotency_metrics_
 	'3', 'max_actions = 0: there is no room');
 my $kept = on('other', $flushed);
 work('other', 'one', 5);
-is( on('other', "UPDATE idempotency_key SET expires_at = now() WHERE action = 'five';
-		CALL idempotency_sweep()"),
-	'3', 'max_actions = 0: requests and sweeps work');
+on('other', "UPDATE idempotency_key SET expires_at = now() WHERE action = 'five'");
+is(count_swept($node, 'other'),
+	3, 'max_actions = 0: requests and sweeps work');
 is(on('other', $flushed), $kept, 'max_actions = 0: what was flushed is kept');
 
 # Nor without preload
 restart_with("shared_preload_libraries = ''");
 is(on('other', $rows), '', 'not preloaded: nothing is counted');
 work('other', 'one', 5);
-is(on('other', 'CALL idempotency_sweep()'), '0', 'not preloaded: sweeps work');
+on('other', "UPDATE idempotency_key SET expires_at = now() WHERE action = 'two'");
+is(count_swept($node, 'other'), 3, 'not preloaded: sweeps work');
 is(on('other', $flushed), $kept, 'not preloaded: what was flushed is kept');
 restart_with("shared_preload_libraries = 'idempotency'\n"
 	  . 'idempotency.max_actions = 256');
 is(on('other', $counted), $before, 'preloaded again: counting goes on');
 
-# Whatever is in the file, the server starts, and doubles nothing
+# Whatever is in the file, the server starts, and doubles nothing.  The flipped
+# bit in the middle is in the counts, those at the ends in the head and in the
+# checksum.
+sub flip_bit
+{
+	my ($data, $at) = @_;
+
+	substr($data, $at, 1) ^= "\x01";
+	return $data;
+}
+
 work('other', 'one', 5);
 my %damage = (
 	'empty' => sub { '' },
 	'foreign' => sub { 'not what we wrote' x 1000 },
 	'truncated' => sub { substr($_[0], 0, -100) },
+	'truncated by a byte' => sub { substr($_[0], 0, -1) },
+	'longer' => sub { "$_[0]\0" },
+	'flipped bit in the middle' => sub { flip_bit($_[0], length($_[0]) / 2) },
+	'flipped bit in the first entry' => sub { flip_bit($_[0], 100) },
+	'flipped bit at the end' => sub { flip_bit($_[0], -1) },
 	'another version' => sub { "\xff" . substr($_[0], 1) });
 foreach my $name (sort keys %damage)
 {
@@ -456,6 +497,7 @@ foreach my $name (sort keys %damage)
 		qr/LOG:  ignoring invalid data in file "pg_stat\/idempotency\.stat"/,
 		$file_offset);
 	ok(!-e $saved, "$name file: it is removed");
+	is(on('other', $counted), '', "$name file: counting begins anew");
 	flush('other');
 	is(started_in('other', 'idempotency_metric'),
 		$started, "$name file: nothing is flushed twice");
@@ -463,6 +505,9 @@ foreach my $name (sort keys %damage)
 	flush('other');
 	is(started_in('other', 'idempotency_metric'),
 		$started + 1, "$name file: counting goes on");
+	on('other',
+		"UPDATE idempotency_key SET expires_at = now() WHERE action = 'one'");
+	cmp_ok(count_swept($node, 'other'), '>', 0, "$name file: so do sweeps");
 }
 $node->stop;
 unlink $saved;
@@ -481,7 +526,7 @@ on(
 	'other', q{
 	TRUNCATE idempotency_metric;
 	INSERT INTO idempotency_metric
-	SELECT now() - age, 'aged', 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, '{}', '{}'
+	SELECT now() - age, 'aged', 'node', 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, '{}', '{}'
 	FROM unnest('{47 hours,49 hours,167 hours,169 hours}'::interval[]) AS age});
 my $aged = q{SELECT count(*) FROM idempotency_metric WHERE action = 'aged'};
 flush('other');

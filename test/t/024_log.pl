@@ -224,8 +224,8 @@ $node->safe_psql('postgres',
 	  . try_begin('lease', ", actor => 'zoe'"));
 run_out($node, 'lease');
 $node->safe_psql('postgres',
-	    try_begin('lease', ", actor => 'zoe', lease => '1 hour'")
-	  . finish('lease', "404, actor => 'zoe', attempt => 2"));
+	    try_begin('lease', ", actor => 'zoe', lease => '1 hour', claim => '@{[ claim_of(2) ]}'")
+	  . finish('lease', "404, actor => 'zoe', claim => '@{[ claim_of(2) ]}'"));
 my @zoe = (actor => 'zoe');
 is_deeply(
 	new_details(),
@@ -252,10 +252,10 @@ $node->safe_psql('postgres',
 is_deeply(
 	new_details(),
 	[
-		event('started', 'lease', @zoe, attempt => 3),
-		event('expired', 'lease', @zoe, attempt => 3, outcome => 'started'),
+		event('started', 'lease', @zoe, attempt => 1),
+		event('expired', 'lease', @zoe, attempt => 1, outcome => 'started'),
 		event('started', 'back', attempt => 1),
-		event('released', 'lease', @zoe, status => 503, attempt => 3),
+		event('released', 'lease', @zoe, status => 503, attempt => 1),
 		event('released', 'back', attempt => 1)
 	],
 	'an expired record, and claims that are given back');

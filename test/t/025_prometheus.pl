@@ -38,7 +38,7 @@ $node->safe_psql(
 	'postgres', q{
 	SET search_path = "Idempotency";
 	CREATE FUNCTION work(request jsonb) RETURNS idempotency_response LANGUAGE sql
-		RETURN ROW((request->>'status')::int, NULL, '{}')::idempotency_response;
+		RETURN ROW((request->>'status')::int, NULL, '{}', NULL, NULL)::idempotency_response;
 	SELECT idempotency_run('t', 'orders "create"', 'k' || k, '{"status": 200}', 'work(jsonb)')
 	FROM generate_series(1, 10) AS k, generate_series(1, 3) AS repeat;
 	SELECT idempotency_run('t', 'orders "create"', 'e', '{"status": 404}', 'work(jsonb)');

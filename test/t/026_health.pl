@@ -16,7 +16,7 @@ use Test::More;
 my $node = new_server(
 	'main',
 	worker => 1,
-	init => [ allows_streaming => 1 ],
+	init => [ allows_streaming => 'logical' ],
 	conf => <<'CONF');
 idempotency.sweep_interval = 100ms
 idempotency.metrics_interval = 1s
@@ -90,7 +90,7 @@ sub fill
 on('postgres', 'CREATE EXTENSION idempotency');
 on( 'postgres', q{
 	CREATE FUNCTION work(request jsonb) RETURNS idempotency_response LANGUAGE sql
-		RETURN ROW((request->>'status')::int, NULL, '{}')::idempotency_response});
+		RETURN ROW((request->>'status')::int, NULL, '{}', NULL, NULL)::idempotency_response});
 
 # One row, when all is well
 $node->poll_query_until('postgres',
@@ -107,8 +107,8 @@ on( 'postgres', q{
 	SELECT idempotency_run('t', 'pay', 'k' || k, '{"status": 200}', 'work(jsonb)') FROM generate_series(1, 3) AS k;
 	SELECT idempotency_run('t', 'pay', 'e', '{"status": 404}', 'work(jsonb)');
 	SELECT idempotency_begin('t', 'charge', 'a', lease => '1 hour');
-	SELECT idempotency_begin('t', 'charge', 'b', lease => '1 hour');
-	SELECT idempotency_release('t', 'charge', 'b', attempt => 1);
+	SELECT claim AS b FROM idempotency_begin('t', 'charge', 'b', lease => '1 hour') \gset
+	SELECT idempotency_release('t', 'charge', 'b', claim => :'b');
 	SELECT idempotency_begin('t', 'charge', 'c', lease => '100 ms');
 	SELECT pg_sleep(0.2)});
 my $session = session($node);
@@ -211,6 +211,35 @@ like(
 on('postgres', 'DROP TRIGGER nothing ON idempotency_key');
 on('postgres', 'CALL idempotency_sweep()');
 is_healthy('a sweep that succeeds takes the warning away');
+
+# Records are published, and which one is deleted cannot be said
+on('postgres', 'ALTER TABLE idempotency_key REPLICA IDENTITY NOTHING');
+is(health('warnings'), '{}', 'nothing is published, so no identity is needed');
+foreach my $what (
+	'ALL TABLES',
+	'TABLE idempotency_key',
+	'TABLES IN SCHEMA public',
+	q{TABLE idempotency_key WITH (publish = 'update')},
+	q{TABLE idempotency_key WITH (publish = 'delete')})
+{
+	on('postgres', "CREATE PUBLICATION p FOR $what");
+	warns('records or metrics are published without a replica identity',
+		"no replica identity: $what");
+	on('postgres', 'ALTER TABLE idempotency_key REPLICA IDENTITY DEFAULT');
+	is(health('warnings'), '{}', 'with one all is well');
+	on('postgres', 'ALTER TABLE idempotency_key REPLICA IDENTITY NOTHING');
+	on('postgres', 'DROP PUBLICATION p');
+}
+on('postgres',
+	q{CREATE PUBLICATION p FOR TABLE idempotency_key WITH (publish = 'insert')});
+is(health('warnings'), '{}', 'nor for what is only inserted');
+on('postgres', 'DROP PUBLICATION p; CREATE PUBLICATION p FOR TABLE idempotency_metric');
+is(health('warnings'), '{}', 'nor when another table is published');
+on('postgres', 'ALTER TABLE idempotency_key REPLICA IDENTITY DEFAULT');
+on('postgres', 'ALTER TABLE idempotency_metric REPLICA IDENTITY NOTHING');
+warns('records or metrics are published without a replica identity',
+	'no replica identity of the metrics');
+on('postgres', 'DROP PUBLICATION p; ALTER TABLE idempotency_metric REPLICA IDENTITY DEFAULT');
 
 # Shared memory is full
 $session->quit;

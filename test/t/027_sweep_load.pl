@@ -117,7 +117,8 @@ set_conf('idempotency.worker', 'off');
 $node->poll_query_until('postgres',
 	"SELECT count(*) = 0 FROM pg_stat_activity WHERE backend_type = 'idempotency worker'"
 ) or die 'workers go on';
-is(query('CALL idempotency_sweep()'),
+is( query(
+		'CALL idempotency_sweep(); SELECT swept FROM idempotency_worker_status()'),
 	'0', 'nothing is left to sweep, but metrics to flush');
 my $end_lsn = query('SELECT pg_switch_wal()');
 
