@@ -186,6 +186,15 @@ InFlightPrepare(const LOCKTAG *locktag)
 }
 
 /*
+ * Whether a prepared transaction may hold a claim; true where that is not known.
+ */
+bool
+InFlightAnyPrepared(void)
+{
+	return state == NULL || pg_atomic_read_u32(&state->prepared) > 0;
+}
+
+/*
  * Get a copy of what is known about the claim on a scope.
  */
 bool

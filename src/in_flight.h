@@ -48,6 +48,7 @@ extern bool InFlightTrack(const LOCKTAG *locktag, const ScopeName *name,
 						  const ClaimFacts *facts);
 extern void InFlightForget(const LOCKTAG *locktag);
 extern void InFlightPrepare(const LOCKTAG *locktag);
+extern bool InFlightAnyPrepared(void);
 extern bool InFlightFind(const Scope *scope, InFlightClaim *found);
 
 #endif							/* IDEMPOTENCY_IN_FLIGHT_H */

@@ -39,6 +39,7 @@
 #include "event.h"
 #include "executor/spi.h"
 #include "flush.h"
+#include "in_flight.h"
 #include "metrics.h"
 #include "miscadmin.h"
 #include "nodes/parsenodes.h"
@@ -235,7 +236,8 @@ SweepBatch(Sweep *sweep)
  *
  * Looking does not take the lock, not even for a moment, so that no request
  * is told that another one is in flight because of a sweep.  If no claim is held
- * on the action, there is no need to work out what lock it would be.
+ * on the action, and none by a prepared transaction, there is no need to work out
+ * what lock it would be.
  */
 static bool
 is_claimed(const Record *record)
@@ -245,7 +247,7 @@ is_claimed(const Record *record)
 
 	if (!ScopeFromParts(&scope, record->values))
 		return false;
-	if (MetricsEnabled() &&
+	if (MetricsEnabled() && !InFlightAnyPrepared() &&
 		!MetricsMayBeHeld(MetricsFind(ScopeNameAction(&scope.name))))
 		return false;
 
