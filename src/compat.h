@@ -59,6 +59,13 @@
 
 #endif							/* before 18 */
 
+#if PG_VERSION_NUM < 170000
+
+/* What an index keeps from one insertion to the next needs to be let go of */
+#define index_insert_cleanup(index, info) ((void) (info))
+
+#endif							/* before 17 */
+
 #if PG_VERSION_NUM < 160000
 
 /* The extra data of a setting moved from malloc to a memory context */

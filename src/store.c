@@ -1009,7 +1009,12 @@ close_writer(Store *store)
 
 	ExecDropSingleTupleTableSlot(writer->slot);
 	for (int i = 0; i < target->ri_NumIndices; i++)
-		index_close(target->ri_IndexRelationDescs[i], NoLock);
+	{
+		Relation	index = target->ri_IndexRelationDescs[i];
+
+		index_insert_cleanup(index, target->ri_IndexRelationInfo[i]);
+		index_close(index, NoLock);
+	}
 	FreeExecutorState(writer->estate);
 }
 
