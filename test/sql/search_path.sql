@@ -148,6 +148,8 @@ RESET ROLE;
 RESET search_path;
 SELECT key FROM idem.idempotency_key;
 
+-- the temporary ones would go some time after the connection
+DISCARD TEMP;
 \c -
 SET client_min_messages = warning;
 DROP FUNCTION idem.handler;
