@@ -61,6 +61,9 @@
 
 #if PG_VERSION_NUM < 170000
 
+/* Was renamed when it lost some of its members */
+#define TransamVariables ShmemVariableCache
+
 /* What an index keeps from one insertion to the next needs to be let go of */
 #define index_insert_cleanup(index, info) ((void) (info))
 

@@ -52,6 +52,7 @@
 #include "access/relscan.h"
 #include "access/skey.h"
 #include "access/tableam.h"
+#include "access/transam.h"
 #include "access/xact.h"
 #include "catalog/pg_am_d.h"
 #include "catalog/pg_collation_d.h"
@@ -63,6 +64,7 @@
 #include "utils/inval.h"
 #include "utils/lsyscache.h"
 #include "utils/rel.h"
+#include "utils/memutils.h"
 #include "utils/snapmgr.h"
 #include "utils/syscache.h"
 #include "utils/timestamp.h"
@@ -115,6 +117,7 @@ static bool next_expired_entry(Store *store);
 static void open_index(Store *store, Oid index);
 static void open_slot(Store *store);
 static bool fetch_row(Store *store, const Scope *scope);
+static void init_scope_keys(ScanKey keys);
 static void get_record(Store *store, Record *record);
 static void open_writer(Store *store, bool speculative);
 static void close_writer(Store *store);
@@ -272,13 +275,18 @@ StoreForget(Store *store)
  *
  * The server counts the transactions that ended with something to show, and a
  * snapshot has the count of the moment when it was made.  If a new snapshot
- * has the same count as the old one, the two are the same.
+ * would have the same count as the old one, the two are the same.
+ *
+ * The count is read without its lock.  Who asks has just tried for the lock of a
+ * scope, or looked for its claim in shared memory.  Where a transaction that has
+ * ended had it before, the lock of that table lets us see all that it did before
+ * it let go, the count among it.
  */
 bool
 StoreIsCurrent(const Store *store)
 {
 	return store->snapshot_count != 0 &&
-		store->snapshot_count == GetLatestSnapshot()->snapXactCompletionCount;
+		store->snapshot_count == TransamVariables->xactCompletionCount;
 }
 
 /*
@@ -927,18 +935,20 @@ open_slot(Store *store)
 static bool
 fetch_row(Store *store, const Scope *scope)
 {
-	ScanKeyData keys[SCOPE_PARTS];
+	static ScanKeyData keys[SCOPE_PARTS];
 	IndexScanDesc scan;
 	bool		found;
+
+	/* the same for all scopes, but for the values */
+	if (keys[0].sk_attno == InvalidAttrNumber)
+		init_scope_keys(keys);
 
 	/* the columns of the index are those of the scope, in an order of its own */
 	for (int i = 0; i < SCOPE_PARTS; i++)
 	{
 		AttrNumber	column = store->index->rd_index->indkey.values[i];
 
-		ScanKeyEntryInitialize(&keys[i], 0, i + 1, BTEqualStrategyNumber,
-							   InvalidOid, C_COLLATION_OID, F_TEXTEQ,
-							   scope->parts[column - 1]);
+		keys[i].sk_argument = scope->parts[column - 1];
 	}
 
 	store->too_new = false;
@@ -950,6 +960,22 @@ fetch_row(Store *store, const Scope *scope)
 	PopActiveSnapshot();
 
 	return found;
+}
+
+/*
+ * Keys to find a scope by, for as long as the process lives; the first is filled
+ * in last.
+ */
+static void
+init_scope_keys(ScanKey keys)
+{
+	FmgrInfo	equal;
+
+	fmgr_info_cxt(F_TEXTEQ, &equal, TopMemoryContext);
+	for (int i = SCOPE_PARTS - 1; i >= 0; i--)
+		ScanKeyEntryInitializeWithInfo(&keys[i], 0, i + 1,
+									   BTEqualStrategyNumber, InvalidOid,
+									   C_COLLATION_OID, &equal, (Datum) 0);
 }
 
 /*
