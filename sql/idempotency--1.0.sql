@@ -81,7 +81,7 @@ COMMENT ON COLUMN idempotency_response.ttl IS
 --
 -- Table
 --
--- The columns are known by number to the library (src/store.h).  Text columns
+-- The columns are known by number to the library (src/store/catalog.h).  Text columns
 -- are compared by bytes, whatever the collation of the database.
 --
 -- The primary key begins with the key because that is what tells records apart:
@@ -459,7 +459,7 @@ COMMENT ON FUNCTION idempotency_worker_status() IS
 --
 -- Times are in milliseconds.  A histogram has the counts of buckets that are
 -- spaced by their logarithm, and the numbers of the buckets as its subscripts
--- (src/histogram.c).
+-- (src/observe/histogram.c).
 --
 
 CREATE FUNCTION idempotency_histogram_add(bigint[], bigint[]) RETURNS bigint[]
@@ -889,7 +889,7 @@ COMMENT ON COLUMN @extschema@.idempotency_health.table_size IS
 COMMENT ON COLUMN @extschema@.idempotency_health.index_size IS
 'size of its indexes, in bytes';
 COMMENT ON COLUMN @extschema@.idempotency_health.warnings IS
-'what an administrator should look at, an element for each; README.md says what to do';
+'what an administrator should look at, an element for each; docs/operations.md says what to do';
 
 SET LOCAL search_path TO @extschema@, pg_temp;
 

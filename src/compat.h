@@ -26,9 +26,14 @@
 #include "commands/explain.h"
 #include "commands/extension.h"
 #include "executor/executor.h"
+#include "storage/shmem.h"
 #include "utils/fmgroids.h"
 #include "utils/guc_tables.h"
 #include "utils/relcache.h"
+
+#if PG_VERSION_NUM < 190000
+#include "commands/dbcommands.h"	/* had get_database_name() */
+#endif
 
 #if PG_VERSION_NUM >= 180000
 #include "commands/explain_format.h"	/* was part of explain.h */
@@ -43,11 +48,43 @@
 #define DATCONNLIMIT_INVALID_DB	(-2)
 #endif
 
-#if PG_VERSION_NUM < 180000
+#if PG_VERSION_NUM < 190000
 
-/* index_beginscan() got a place for index scan statistics */
-#define index_beginscan(heap, index, snapshot, instrument, nkeys, norderbys) \
+/* ShmemInitHash() lost the initial size */
+#define ShmemInitHash(name, nelems, info, flags) \
+	ShmemInitHash(name, nelems, nelems, info, flags)
+
+/* table_tuple_delete() got options; none of them is known before */
+#define table_tuple_delete(rel, tid, cid, options, snapshot, crosscheck, wait, failure) \
+	table_tuple_delete(rel, tid, cid, snapshot, crosscheck, wait, failure, false)
+
+/* ExecInsertIndexTuples() got flags for what were three arguments */
+#define EIIT_IS_UPDATE			(1<<0)
+#define EIIT_NO_DUPE_ERROR		(1<<1)
+#define EIIT_ONLY_SUMMARIZING	(1<<2)
+#if PG_VERSION_NUM >= 160000
+#define ExecInsertIndexTuples(rri, estate, flags, slot, arbiters, conflict) \
+	ExecInsertIndexTuples(rri, slot, estate, ((flags) & EIIT_IS_UPDATE) != 0, \
+						  ((flags) & EIIT_NO_DUPE_ERROR) != 0, conflict, arbiters, \
+						  ((flags) & EIIT_ONLY_SUMMARIZING) != 0)
+#else
+#define ExecInsertIndexTuples(rri, estate, flags, slot, arbiters, conflict) \
+	ExecInsertIndexTuples(rri, slot, estate, ((flags) & EIIT_IS_UPDATE) != 0, \
+						  ((flags) & EIIT_NO_DUPE_ERROR) != 0, conflict, arbiters)
+#endif
+
+/* index_beginscan() got flags, and before them a place for statistics */
+#if PG_VERSION_NUM >= 180000
+#define index_beginscan(heap, index, snapshot, instrument, nkeys, norderbys, flags) \
+	index_beginscan(heap, index, snapshot, instrument, nkeys, norderbys)
+#else
+#define index_beginscan(heap, index, snapshot, instrument, nkeys, norderbys, flags) \
 	index_beginscan(heap, index, snapshot, nkeys, norderbys)
+#endif
+
+#endif							/* before 19 */
+
+#if PG_VERSION_NUM < 180000
 
 /* RelationGetPrimaryKeyIndex() learned to return a deferrable one */
 #define RelationGetPrimaryKeyIndex(rel, deferrable_ok) \
@@ -90,13 +127,13 @@ copy_guc_variables(int *num_vars)
 
 #define get_guc_variables(num_vars) copy_guc_variables(num_vars)
 
-/* ExecInsertIndexTuples() got onlySummarizing */
-#define ExecInsertIndexTuples(rri, slot, estate, update, nodup, spec, arbiters, summarizing) \
-	ExecInsertIndexTuples(rri, slot, estate, update, nodup, spec, arbiters)
-
-/* An update told only whether there is anything to do for indexes */
+/*
+ * An update told only whether there is anything to do for indexes, which is
+ * then to be done for all of them.
+ */
 #define TU_UpdateIndexes	bool
 #define TU_None				false
+#define TU_Summarizing		TU_None
 
 /* The right to use an object was asked for by a function for each kind */
 #define object_aclcheck(classid, objectid, roleid, mode) \
@@ -127,18 +164,5 @@ get_extension_schema(Oid ext_oid)
 }
 
 #endif							/* before 16 */
-
-/*
- * Whether an update left all indexes alone but those that summarize blocks.
- */
-static inline bool
-updates_only_summarizing(TU_UpdateIndexes update_indexes)
-{
-#if PG_VERSION_NUM >= 160000
-	return update_indexes == TU_Summarizing;
-#else
-	return false;
-#endif
-}
 
 #endif							/* IDEMPOTENCY_COMPAT_H */

@@ -1,7 +1,7 @@
 /*-------------------------------------------------------------------------
  *
- * idempotency.c
- *	  Load time: the settings, and the hooks of the other files.
+ * settings.c
+ *	  The settings.
  *
  * Who may change a setting follows one rule.  What an application decides for
  * itself (how long to keep an answer, how long to wait, which statuses may be
@@ -11,33 +11,17 @@
  *
  *-------------------------------------------------------------------------
  */
-#include "idempotency.h"
+#include "base.h"
 
 #include <limits.h>
 
 #include "access/parallel.h"
-#include "claim.h"
-#include "event.h"
-#include "flush.h"
-#include "fmgr.h"
-#include "in_flight.h"
-#include "log.h"
-#include "metrics.h"
 #include "miscadmin.h"
 #include "nodes/pg_list.h"
-#include "scan.h"
-#include "status.h"
-#include "store.h"
+#include "settings.h"
 #include "utils/guc.h"
-#include "wake.h"
-#include "worker.h"
-#include "worker_status.h"
-
-PG_MODULE_MAGIC;
 
 #define SETTING_PREFIX	"idempotency."
-
-PGDLLEXPORT void _PG_init(void);
 
 static List *find_client_settings(void);
 static void refuse_client_settings(List *names);
@@ -47,9 +31,10 @@ static bool may_be_out_of_range(GucSource source, const char *limit,
 								const char *bound, int secs);
 static bool check_lease(int *newval, void **extra, GucSource source);
 static void define_lifetime_settings(void);
-static void define_answer_settings(void);
+static void define_answer_settings(const ListHooks *retryable_status);
 static void define_administrator_settings(void);
 static void define_server_settings(void);
+static void define_log_settings(const ListHooks *log_events);
 
 int			idempotency_ttl;
 int			idempotency_error_ttl;
@@ -72,6 +57,9 @@ int			idempotency_metrics_interval;
 int			idempotency_metrics_retention;
 int			idempotency_max_tracked_claims;
 int			idempotency_max_actions;
+char	   *idempotency_log_events;
+int			idempotency_log_key;
+int			idempotency_log_level = LOG;
 
 static const struct config_enum_entry key_formats[] = {
 	{"ascii", KEY_FORMAT_ASCII, false},
@@ -80,32 +68,40 @@ static const struct config_enum_entry key_formats[] = {
 	{NULL, 0, false}
 };
 
+static const struct config_enum_entry log_key_options[] = {
+	{"full", LOG_KEY_FULL, false},
+	{"hash", LOG_KEY_HASH, false},
+	{"none", LOG_KEY_NONE, false},
+	{NULL, 0, false}
+};
+
+static const struct config_enum_entry log_level_options[] = {
+	{"debug5", DEBUG5, false},
+	{"debug4", DEBUG4, false},
+	{"debug3", DEBUG3, false},
+	{"debug2", DEBUG2, false},
+	{"debug1", DEBUG1, false},
+	{"log", LOG, false},
+	{"notice", NOTICE, false},
+	{"warning", WARNING, false},
+	{NULL, 0, false}
+};
+
 /*
- * Library entry point.
+ * Define all settings.  Two are lists, whose items others know.
  */
 void
-_PG_init(void)
+SettingsInit(const ListHooks *retryable_status, const ListHooks *log_events)
 {
 	List	   *from_client = find_client_settings();
 
 	define_lifetime_settings();
-	define_answer_settings();
+	define_answer_settings(retryable_status);
 	define_administrator_settings();
 	define_server_settings();
-	LogInit();
+	define_log_settings(log_events);
 	MarkGUCPrefixReserved("idempotency");
 	refuse_client_settings(from_client);
-
-	StoreInit();
-	ClaimInit();
-	EventInit();
-	WakeInit();
-	LauncherInit();
-	WorkerStatusInit();
-	InFlightInit();
-	MetricsInit();
-	FlushInit();
-	ScanInit();
 }
 
 /*
@@ -208,7 +204,7 @@ check_lifetime(int *newval, void **extra, GucSource source)
 /*
  * Whether a lifetime can be set although it is beyond a bound of now.
  *
- * What is used is checked when it is used (see call.c), because the bound may be
+ * What is used is checked when it is used (see request/arguments.c), because the bound may be
  * changed later.  And a check hook cannot rely on the value of another setting
  * while the configuration file is being read, or when a parallel worker takes
  * over the settings of its leader.  Who sets it for a role or a database is only
@@ -286,7 +282,7 @@ define_lifetime_settings(void)
 }
 
 static void
-define_answer_settings(void)
+define_answer_settings(const ListHooks *retryable_status)
 {
 	DefineCustomIntVariable("idempotency.wait",
 							"Sets how long a request waits for another one with the same key that is in flight.",
@@ -308,7 +304,7 @@ define_answer_settings(void)
 							   &idempotency_retryable_status,
 							   "408,409,425,429,5xx",
 							   PGC_USERSET, GUC_LIST_INPUT,
-							   StatusCheckRetryable, StatusAssignRetryable, NULL);
+							   retryable_status->check, retryable_status->assign, NULL);
 }
 
 static void
@@ -420,4 +416,30 @@ define_server_settings(void)
 							process_shared_preload_libraries_in_progress ?
 							PGC_POSTMASTER : PGC_SIGHUP, 0,
 							NULL, NULL, NULL);
+}
+
+static void
+define_log_settings(const ListHooks *log_events)
+{
+	DefineCustomStringVariable("idempotency.log_events",
+							   "Lists the classes of events that are logged.",
+							   "started, replayed, in_flight, mismatched, expired, stalled, taken_over, completed, errored and released; or all, or none.",
+							   &idempotency_log_events,
+							   "mismatched,in_flight,taken_over,stalled",
+							   PGC_SUSET, GUC_LIST_INPUT,
+							   log_events->check, log_events->assign, NULL);
+	DefineCustomEnumVariable("idempotency.log_key",
+							 "Sets how the key of a request is logged.",
+							 NULL,
+							 &idempotency_log_key,
+							 LOG_KEY_FULL, log_key_options,
+							 PGC_SUSET, 0,
+							 NULL, NULL, NULL);
+	DefineCustomEnumVariable("idempotency.log_level",
+							 "Sets the level at which events are logged.",
+							 NULL,
+							 &idempotency_log_level,
+							 LOG, log_level_options,
+							 PGC_SUSET, 0,
+							 NULL, NULL, NULL);
 }

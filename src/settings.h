@@ -1,36 +1,16 @@
 /*-------------------------------------------------------------------------
  *
- * idempotency.h
- *	  The error codes and the settings that all files share.
+ * settings.h
+ *	  The settings.
  *
  *-------------------------------------------------------------------------
  */
-#ifndef IDEMPOTENCY_H
-#define IDEMPOTENCY_H
+#ifndef IDEMPOTENCY_SETTINGS_H
+#define IDEMPOTENCY_SETTINGS_H
 
 #include "postgres.h"
 
-#include "compat.h"
-#include "datatype/timestamp.h"
-
-#define EXTENSION_NAME	"idempotency"
-
-/*
- * One SQLSTATE for each condition that an application has to tell apart.
- * Class ID is in the range that the SQL standard leaves to implementations.
- *
- * ID001 and ID002 are for what a client sent, which is only the key of a request
- * and the id of a message.  Everything else comes from the service, and a wrong
- * value is 22023, or 22004 if it is null: no fault of the client's.
- */
-#define ERRCODE_IDEMPOTENCY_KEY_MISSING		MAKE_SQLSTATE('I','D','0','0','1')
-#define ERRCODE_IDEMPOTENCY_MALFORMED		MAKE_SQLSTATE('I','D','0','0','2')
-#define ERRCODE_IDEMPOTENCY_IN_FLIGHT		MAKE_SQLSTATE('I','D','0','0','3')
-#define ERRCODE_IDEMPOTENCY_MISMATCH		MAKE_SQLSTATE('I','D','0','0','4')
-#define ERRCODE_IDEMPOTENCY_CLAIM_LOST		MAKE_SQLSTATE('I','D','0','0','5')
-#define ERRCODE_IDEMPOTENCY_NOT_FINISHED	MAKE_SQLSTATE('I','D','0','0','6')
-#define ERRCODE_IDEMPOTENCY_TOO_LARGE		MAKE_SQLSTATE('I','D','0','0','7')
-#define ERRCODE_IDEMPOTENCY_OUT_OF_ORDER	MAKE_SQLSTATE('I','D','0','0','8')
+#include "utils/guc.h"
 
 /* idempotency.key_format */
 typedef enum KeyFormat
@@ -43,7 +23,22 @@ typedef enum KeyFormat
 /* the longest wait that settings and calls may ask for */
 #define MAX_WAIT_MS			(60 * 60 * 1000)
 
-/* settings; idempotency.c says what each is for */
+/* idempotency.log_key */
+typedef enum LogKey
+{
+	LOG_KEY_FULL,
+	LOG_KEY_HASH,
+	LOG_KEY_NONE
+} LogKey;
+
+/* What a setting that is a list is parsed by */
+typedef struct ListHooks
+{
+	GucStringCheckHook check;
+	GucStringAssignHook assign;
+} ListHooks;
+
+/* settings.c says what each is for */
 extern int	idempotency_ttl;	/* seconds */
 extern int	idempotency_error_ttl;	/* seconds */
 extern int	idempotency_min_ttl;	/* seconds */
@@ -65,8 +60,12 @@ extern int	idempotency_metrics_interval;	/* seconds */
 extern int	idempotency_metrics_retention;	/* seconds */
 extern int	idempotency_max_tracked_claims; /* entries in shared memory */
 extern int	idempotency_max_actions;	/* the same */
+extern char *idempotency_log_events;
+extern int	idempotency_log_key;	/* a LogKey */
+extern int	idempotency_log_level;
 
-/* idempotency.c */
+extern void SettingsInit(const ListHooks *retryable_status,
+						 const ListHooks *log_events);
 extern const char *KeyFormatName(int format);
 
-#endif							/* IDEMPOTENCY_H */
+#endif							/* IDEMPOTENCY_SETTINGS_H */

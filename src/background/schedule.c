@@ -19,10 +19,9 @@
  *
  *-------------------------------------------------------------------------
  */
-#include "idempotency.h"
+#include "base.h"
 
 #include "catalog/pg_type_d.h"
-#include "commands/dbcommands.h"
 #include "executor/spi.h"
 #include "miscadmin.h"
 #include "utils/builtins.h"

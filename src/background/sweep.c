@@ -31,25 +31,26 @@
  *
  *-------------------------------------------------------------------------
  */
-#include "idempotency.h"
+#include "base.h"
 
 #include "access/xact.h"
-#include "call.h"
+#include "background/sweep.h"
+#include "background/worker_status.h"
+#include "claim/in_flight.h"
 #include "clock.h"
-#include "event.h"
 #include "executor/spi.h"
-#include "flush.h"
-#include "in_flight.h"
-#include "metrics.h"
 #include "miscadmin.h"
 #include "nodes/parsenodes.h"
-#include "scope.h"
-#include "store.h"
-#include "sweep.h"
+#include "observe/event.h"
+#include "observe/flush.h"
+#include "observe/metrics.h"
+#include "request/arguments.h"
+#include "request/scope.h"
+#include "settings.h"
+#include "store/store.h"
 #include "utils/guc.h"
 #include "utils/memutils.h"
 #include "utils/timestamp.h"
-#include "worker_status.h"
 
 #define MAX_BATCH_SIZE	1000000
 
@@ -99,7 +100,7 @@ idempotency_sweep(PG_FUNCTION_ARGS)
 		more = SweepBatch(&sweep);
 		SPI_commit();
 	}
-	WorkerStatusSwept(&sweep, more);
+	WorkerStatusSwept(sweep.swept, ClockMicros() - sweep.started, more);
 	if (MetricsEnabled())
 	{
 		commit_lazily();

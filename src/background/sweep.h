@@ -11,7 +11,7 @@
 #include "postgres.h"
 
 #include "datatype/timestamp.h"
-#include "store.h"
+#include "store/store.h"
 
 /* A sweep under way */
 typedef struct Sweep

@@ -18,21 +18,21 @@
  *
  *-------------------------------------------------------------------------
  */
-#include "idempotency.h"
+#include "base.h"
 
+#include "background/watch.h"
 #include "catalog/pg_type_d.h"
-#include "event.h"
 #include "executor/spi.h"
-#include "metrics.h"
-#include "scope.h"
+#include "observe/event.h"
+#include "observe/metrics.h"
+#include "request/scope.h"
 #include "storage/bufmgr.h"
 #include "storage/itemptr.h"
-#include "store.h"
+#include "store/store.h"
 #include "utils/builtins.h"
 #include "utils/lsyscache.h"
 #include "utils/rel.h"
 #include "utils/timestamp.h"
-#include "watch.h"
 
 #define BATCH_BLOCKS	1024
 #define PART_OF_TIME	100		/* a look takes one part in so many */

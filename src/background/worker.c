@@ -21,31 +21,33 @@
  *
  *-------------------------------------------------------------------------
  */
-#include "idempotency.h"
+#include "base.h"
 
 #include "access/xact.h"
+#include "background/sweep.h"
+#include "background/watch.h"
+#include "background/worker.h"
+#include "background/worker_shared.h"
+#include "background/worker_status.h"
 #include "catalog/pg_database.h"
 #include "clock.h"
-#include "commands/dbcommands.h"
-#include "flush.h"
 #include "miscadmin.h"
-#include "owner.h"
+#include "observe/flush.h"
 #include "pgstat.h"
 #include "postmaster/bgworker.h"
 #include "postmaster/interrupt.h"
+#include "settings.h"
 #include "storage/ipc.h"
 #include "storage/lmgr.h"
 #include "storage/lock.h"
-#include "store.h"
-#include "sweep.h"
+#include "store/owner.h"
+#include "store/store.h"
 #include "tcop/tcopprot.h"
 #include "utils/guc.h"
+#include "utils/lsyscache.h"
 #include "utils/memutils.h"
 #include "utils/snapmgr.h"
 #include "utils/timestamp.h"
-#include "watch.h"
-#include "worker.h"
-#include "worker_status.h"
 
 /* Shorter than the default of deadlock_timeout: it is us who give way */
 #define LOCK_TIMEOUT	"500ms"
@@ -211,7 +213,8 @@ sweep_database(void)
 			   WORKER_MAX_SECS * USECS_PER_SEC);
 	result = work_until(sweep.deadline, "idempotency sweep", sweep_batch, &sweep);
 	if (result != WORKER_NO_EXTENSION)
-		WorkerStatusSwept(&sweep, result == WORKER_INTERRUPTED);
+		WorkerStatusSwept(sweep.swept, ClockMicros() - sweep.started,
+						  result == WORKER_INTERRUPTED);
 
 	return result;
 }
@@ -313,9 +316,9 @@ lock_table(Oid extension, Oid *table)
 		get_extension_oid(EXTENSION_NAME, true) != extension)
 		return false;
 
-	*table = StoreTable();
+	*table = CatalogTable();
 	return ConditionalLockRelationOid(*table, RowExclusiveLock) &&
-		StoreTable() == *table;
+		CatalogTable() == *table;
 }
 
 static bool

@@ -14,22 +14,22 @@
  *
  *-------------------------------------------------------------------------
  */
-#include "idempotency.h"
+#include "base.h"
 
 #include "access/htup_details.h"
 #include "access/xlog.h"
-#include "clock.h"
+#include "background/worker_shared.h"
+#include "background/worker_status.h"
 #include "funcapi.h"
 #include "mb/pg_wchar.h"
 #include "miscadmin.h"
-#include "storage/ipc.h"
+#include "settings.h"
+#include "shared_memory.h"
 #include "storage/lwlock.h"
 #include "storage/shmem.h"
 #include "utils/builtins.h"
 #include "utils/hsearch.h"
 #include "utils/timestamp.h"
-#include "worker.h"
-#include "worker_status.h"
 
 #define MAX_DATABASES		256
 #define MAX_ERROR_LENGTH	200
@@ -62,41 +62,40 @@ typedef struct WorkerStatus
 	Watch		watch;			/* over leases */
 } WorkerStatus;
 
-static void request_shmem(void);
-static void startup_shmem(void);
+static Size get_size(void);
+static void start_up(void);
 static WorkerStatus *lock_own_status(void);
 static bool copy_own_status(WorkerStatus *copy);
 static const char *get_state(void);
 
 PG_FUNCTION_INFO_V1(idempotency_worker_status);
 
-static shmem_request_hook_type prev_shmem_request_hook = NULL;
-static shmem_startup_hook_type prev_shmem_startup_hook = NULL;
-
 /* pointers to shared memory, null unless the library is preloaded */
 static HTAB *statuses = NULL;
 static LWLock *lock = NULL;
 
 /*
- * Ask for shared memory while there is still time to.
+ * Ask for shared memory.
  */
 void
 WorkerStatusInit(void)
 {
-	if (!process_shared_preload_libraries_in_progress)
-		return;
+	static const SharedMemoryUser user = {
+		.get_size = get_size,
+		.tranche = TRANCHE_NAME,
+		.locks = 1,
+		.start_up = start_up
+	};
 
-	prev_shmem_request_hook = shmem_request_hook;
-	shmem_request_hook = request_shmem;
-	prev_shmem_startup_hook = shmem_startup_hook;
-	shmem_startup_hook = startup_shmem;
+	SharedMemoryRegister(&user);
 }
 
 /*
- * Note the end of a sweep of this database.
+ * Note the end of a sweep of this database, which has deleted so many rows, in
+ * so many microseconds, and whether it ended with more to do.
  */
 void
-WorkerStatusSwept(const Sweep *sweep, bool behind)
+WorkerStatusSwept(int64 swept, int64 duration, bool behind)
 {
 	WorkerStatus *status = lock_own_status();
 
@@ -104,8 +103,8 @@ WorkerStatusSwept(const Sweep *sweep, bool behind)
 		return;
 
 	status->last_sweep_at = GetCurrentTimestamp();
-	status->swept = sweep->swept;
-	status->duration = ClockMicros() - sweep->started;
+	status->swept = swept;
+	status->duration = duration;
 	status->behind = behind;
 	status->failures = 0;
 	LWLockRelease(lock);
@@ -247,39 +246,26 @@ idempotency_worker_status(PG_FUNCTION_ARGS)
 	return HeapTupleGetDatum(heap_form_tuple(tupdesc, values, nulls));
 }
 
-/*
- * shmem_request hook
- */
-static void
-request_shmem(void)
+static Size
+get_size(void)
 {
-	if (prev_shmem_request_hook)
-		prev_shmem_request_hook();
-
-	RequestAddinShmemSpace(hash_estimate_size(MAX_DATABASES,
-											  sizeof(WorkerStatus)));
-	RequestNamedLWLockTranche(TRANCHE_NAME, 1);
+	return hash_estimate_size(MAX_DATABASES, sizeof(WorkerStatus));
 }
 
 /*
- * shmem_startup hook: make the table, or attach to it in a new process.
+ * Make the table, or attach to it in a new process.
  */
 static void
-startup_shmem(void)
+start_up(void)
 {
 	HASHCTL		info = {0};
 
-	if (prev_shmem_startup_hook)
-		prev_shmem_startup_hook();
-
-	LWLockAcquire(AddinShmemInitLock, LW_EXCLUSIVE);
 	info.keysize = sizeof(Oid);
 	info.entrysize = sizeof(WorkerStatus);
 	statuses = ShmemInitHash("idempotency worker status",
-							 MAX_DATABASES, MAX_DATABASES, &info,
+							 MAX_DATABASES, &info,
 							 HASH_ELEM | HASH_BLOBS | HASH_FIXED_SIZE);
 	lock = &GetNamedLWLockTranche(TRANCHE_NAME)->lock;
-	LWLockRelease(AddinShmemInitLock);
 }
 
 /*

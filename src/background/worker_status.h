@@ -10,12 +10,23 @@
 
 #include "postgres.h"
 
+#include "datatype/timestamp.h"
 #include "nodes/pg_list.h"
-#include "sweep.h"
-#include "watch.h"
+#include "storage/block.h"
+
+/* How far the watch over a database has got; all zero before the first look */
+typedef struct Watch
+{
+	TimestampTz since;			/* what ran out before was reported */
+	TimestampTz until;			/* what runs out later is left to the next
+								 * look; 0 when none is under way */
+	BlockNumber next;			/* where to go on */
+	int64		spent;			/* on this look, in microseconds */
+	TimestampTz due;			/* no other look before */
+} Watch;
 
 extern void WorkerStatusInit(void);
-extern void WorkerStatusSwept(const Sweep *sweep, bool behind);
+extern void WorkerStatusSwept(int64 swept, int64 duration, bool behind);
 extern void WorkerStatusFailed(const char *message);
 extern void WorkerStatusSetWatch(const Watch *watch);
 extern bool WorkerStatusGetWatch(Watch *watch);

@@ -41,16 +41,16 @@
  *
  *-------------------------------------------------------------------------
  */
-#include "idempotency.h"
+#include "base.h"
 
-#include "begin.h"
-#include "call.h"
+#include "call/begin.h"
+#include "claim/lease.h"
+#include "claim/wake.h"
 #include "clock.h"
-#include "lease.h"
 #include "miscadmin.h"
+#include "request/arguments.h"
 #include "utils/fmgrprotos.h"
 #include "utils/timestamp.h"
-#include "wake.h"
 
 typedef enum Outcome
 {
@@ -104,7 +104,7 @@ PG_FUNCTION_INFO_V1(idempotency_try_begin);
  *
  * Claim a request, or get the answer that was given before.
  *
- * Errors: ID001 to ID005 and ID008 as README.md lists them, 22023 and 22004 for
+ * Errors: ID001 to ID005 and ID008 as docs/reference.md lists them, 22023 and 22004 for
  * arguments or settings that are out of range or missing, 25006 in a read-only
  * transaction, 40001 in a serializable one, 42501 for another tenant than the
  * role is pinned to, 55000 and 42P10 for a table that is published in such a way

@@ -10,9 +10,9 @@
 
 #include "postgres.h"
 
-#include "claim.h"
-#include "request.h"
-#include "result.h"
+#include "call/request.h"
+#include "call/result.h"
+#include "claim/claim.h"
 
 /* A call of begin; to be filled in but for its state */
 typedef struct BeginCall

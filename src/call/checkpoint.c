@@ -9,12 +9,12 @@
  *
  *-------------------------------------------------------------------------
  */
-#include "idempotency.h"
+#include "base.h"
 
-#include "call.h"
-#include "lease.h"
+#include "claim/lease.h"
 #include "miscadmin.h"
-#include "scope.h"
+#include "request/arguments.h"
+#include "request/scope.h"
 #include "utils/timestamp.h"
 
 /* Arguments of checkpoint */

@@ -16,7 +16,7 @@
  *
  *-------------------------------------------------------------------------
  */
-#include "idempotency.h"
+#include "base.h"
 
 #include "common/cryptohash.h"
 #include "common/sha1.h"

@@ -18,12 +18,12 @@
  *
  *-------------------------------------------------------------------------
  */
-#include "idempotency.h"
+#include "base.h"
 
-#include "call.h"
-#include "event.h"
-#include "finish.h"
-#include "lease.h"
+#include "call/finish.h"
+#include "claim/lease.h"
+#include "observe/event.h"
+#include "request/arguments.h"
 #include "utils/builtins.h"
 #include "utils/datum.h"
 #include "utils/regproc.h"

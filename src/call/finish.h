@@ -10,10 +10,10 @@
 
 #include "postgres.h"
 
-#include "claim.h"
-#include "result.h"
-#include "status.h"
-#include "store.h"
+#include "call/result.h"
+#include "claim/claim.h"
+#include "request/status.h"
+#include "store/store.h"
 
 /* What a request is answered with */
 typedef struct Answer

@@ -22,18 +22,19 @@
  *
  *-------------------------------------------------------------------------
  */
-#include "idempotency.h"
+#include "base.h"
 
 #include "access/xact.h"
-#include "call.h"
 #include "catalog/pg_type_d.h"
-#include "event.h"
+#include "claim/lease.h"
 #include "funcapi.h"
-#include "lease.h"
 #include "miscadmin.h"
+#include "observe/event.h"
+#include "request/arguments.h"
 #include "utils/array.h"
 #include "utils/builtins.h"
 #include "utils/timestamp.h"
+#include "utils/tuplestore.h"
 
 #define STATUS_SEEN		200
 

@@ -12,13 +12,12 @@
  *
  *-------------------------------------------------------------------------
  */
-#include "idempotency.h"
+#include "base.h"
 
-#include "access/xact.h"
-#include "claim.h"
-#include "lease.h"
+#include "call/request.h"
+#include "claim/claim.h"
+#include "claim/lease.h"
 #include "miscadmin.h"
-#include "request.h"
 #include "utils/timestamp.h"
 
 /* Arguments of forget */

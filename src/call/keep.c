@@ -14,12 +14,12 @@
  *
  *-------------------------------------------------------------------------
  */
-#include "idempotency.h"
+#include "base.h"
 
-#include "begin.h"
-#include "call.h"
-#include "finish.h"
-#include "result.h"
+#include "call/begin.h"
+#include "call/finish.h"
+#include "call/result.h"
+#include "request/arguments.h"
 
 /* Arguments of store */
 enum

@@ -15,13 +15,13 @@
  *
  *-------------------------------------------------------------------------
  */
-#include "idempotency.h"
+#include "base.h"
 
-#include "access/xact.h"
-#include "lease.h"
+#include "call/request.h"
+#include "call/result.h"
+#include "claim/lease.h"
 #include "miscadmin.h"
-#include "request.h"
-#include "result.h"
+#include "settings.h"
 #include "utils/timestamp.h"
 
 /* Arguments of replay */

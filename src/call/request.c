@@ -11,10 +11,11 @@
  *
  *-------------------------------------------------------------------------
  */
-#include "idempotency.h"
+#include "base.h"
 
-#include "metrics.h"
-#include "request.h"
+#include "call/request.h"
+#include "observe/metrics.h"
+#include "settings.h"
 #include "utils/timestamp.h"
 
 /* A claim is asked for again no later than this, however long it was held */

@@ -10,10 +10,9 @@
 
 #include "postgres.h"
 
-#include "event.h"
-#include "in_flight.h"
-#include "result.h"
-#include "store.h"
+#include "claim/in_flight.h"
+#include "observe/event.h"
+#include "store/store.h"
 
 /* A request that somebody asks about, and what was found when looking last */
 typedef struct Request

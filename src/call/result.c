@@ -5,13 +5,13 @@
  *
  *-------------------------------------------------------------------------
  */
-#include "idempotency.h"
+#include "base.h"
 
 #include "access/htup_details.h"
+#include "call/result.h"
 #include "catalog/pg_type_d.h"
 #include "funcapi.h"
 #include "nodes/makefuncs.h"
-#include "result.h"
 #include "utils/builtins.h"
 #include "utils/timestamp.h"
 #include "utils/typcache.h"
@@ -152,8 +152,9 @@ ResultIsOf(const FuncExpr *call)
 
 /*
  * The same call, with an argument more than the function has: where
- * ResultReturn() is to put the row.  SQL cannot give it, because a function is
- * found by the number of arguments that it has.
+ * ResultReturn() is to put the row.  So no tuple is formed, only to be taken apart
+ * again.  SQL cannot give it, because a function is found by the number of
+ * arguments that it has.
  */
 Expr *
 ResultCallInto(const FuncExpr *call, ResultRow *row)
@@ -238,7 +239,7 @@ copy_column(ResultRow *row, int column, const Record *record, int record_column)
 static Datum
 make_datum(ResultRow *row)
 {
-	TupleDesc	desc = lookup_rowtype_tupdesc(StoreResultType(), -1);
+	TupleDesc	desc = lookup_rowtype_tupdesc(CatalogResultType(), -1);
 	HeapTuple	tuple;
 
 	ResultCheckShape(desc, result_types, Natts_result);

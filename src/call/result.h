@@ -11,10 +11,10 @@
 #include "postgres.h"
 
 #include "access/tupdesc.h"
+#include "claim/in_flight.h"
 #include "fmgr.h"
-#include "in_flight.h"
 #include "nodes/primnodes.h"
-#include "store.h"
+#include "store/store.h"
 
 /* Columns of idempotency_result */
 #define Natts_result				13

@@ -14,18 +14,18 @@
  *
  *-------------------------------------------------------------------------
  */
-#include "idempotency.h"
+#include "base.h"
 
 #include "access/htup_details.h"
-#include "begin.h"
-#include "call.h"
+#include "call/begin.h"
+#include "call/finish.h"
+#include "call/result.h"
 #include "catalog/objectaccess.h"
 #include "catalog/pg_namespace.h"
 #include "catalog/pg_proc.h"
 #include "catalog/pg_type_d.h"
-#include "finish.h"
 #include "miscadmin.h"
-#include "result.h"
+#include "request/arguments.h"
 #include "utils/acl.h"
 #include "utils/builtins.h"
 #include "utils/lsyscache.h"
@@ -180,7 +180,7 @@ check_handler(Oid handler)
 				 errmsg("function %s cannot be a handler",
 						format_procedure(handler)),
 				 errdetail("A handler is a function that takes one jsonb and returns one json, jsonb or %s.",
-						   format_type_be(StoreResponseType()))));
+						   format_type_be(CatalogResponseType()))));
 	check_rights(handler, form->pronamespace);
 	ReleaseSysCache(tuple);
 
@@ -219,7 +219,7 @@ has_shape_of_handler(Form_pg_proc form)
 		form->proargtypes.values[0] == JSONBOID &&
 		(form->prorettype == JSONOID ||
 		 form->prorettype == JSONBOID ||
-		 form->prorettype == StoreResponseType());
+		 form->prorettype == CatalogResponseType());
 }
 
 /*

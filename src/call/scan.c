@@ -29,18 +29,17 @@
  *
  *-------------------------------------------------------------------------
  */
-#include "idempotency.h"
+#include "base.h"
 
+#include "call/result.h"
+#include "call/scan.h"
 #include "fmgr.h"
 #include "nodes/extensible.h"
 #include "nodes/makefuncs.h"
 #include "nodes/nodeFuncs.h"
 #include "optimizer/optimizer.h"
-#include "optimizer/pathnode.h"
 #include "optimizer/paths.h"
 #include "optimizer/restrictinfo.h"
-#include "result.h"
-#include "scan.h"
 #include "utils/lsyscache.h"
 #include "utils/ruleutils.h"
 

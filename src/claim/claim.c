@@ -56,24 +56,25 @@
  *
  *-------------------------------------------------------------------------
  */
-#include "idempotency.h"
+#include "base.h"
 
 #include "access/xact.h"
-#include "claim.h"
+#include "claim/claim.h"
+#include "claim/guard.h"
+#include "claim/in_flight.h"
 #include "common/hashfn.h"
-#include "guard.h"
-#include "in_flight.h"
-#include "metrics.h"
 #include "miscadmin.h"
+#include "observe/metrics.h"
+#include "settings.h"
 #include "storage/proc.h"
+#include "transaction.h"
 #include "utils/builtins.h"
 #include "utils/guc.h"
 #include "utils/memutils.h"
 #include "utils/resowner.h"
 
-static void at_end_of_xact(XactEvent event, void *arg);
-static void at_end_of_subxact(SubXactEvent event, SubTransactionId mySubid,
-							  SubTransactionId parentSubid, void *arg);
+static void at_end_of_xact(XactEvent event);
+static void at_end_of_savepoint(SubXactEvent event, int level);
 static void forget_all(XactEvent event);
 static void commit_level(int level);
 static void abort_level(int level);
@@ -131,8 +132,7 @@ void
 ClaimInit(void)
 {
 	GuardInit(refuse_unfinished);
-	RegisterXactCallback(at_end_of_xact, NULL);
-	RegisterSubXactCallback(at_end_of_subxact, NULL);
+	TransactionAtEnd(AT_END_CLAIMS, at_end_of_xact, at_end_of_savepoint);
 }
 
 /*
@@ -290,34 +290,29 @@ ClaimForget(Claim *claim)
 }
 
 /*
- * Transaction callback
+ * The end of a transaction
  */
 static void
-at_end_of_xact(XactEvent event, void *arg)
+at_end_of_xact(XactEvent event)
 {
 	/* almost every transaction of almost every server */
-	if (claims_count == 0)
-		return;
-
-	if (event == XACT_EVENT_COMMIT || event == XACT_EVENT_ABORT ||
-		event == XACT_EVENT_PREPARE)
+	if (claims_count > 0)
 		forget_all(event);
 }
 
 /*
- * Subtransaction callback
+ * The end of a savepoint
  */
 static void
-at_end_of_subxact(SubXactEvent event, SubTransactionId mySubid,
-				  SubTransactionId parentSubid, void *arg)
+at_end_of_savepoint(SubXactEvent event, int level)
 {
 	if (claims_count == 0)
 		return;
 
 	if (event == SUBXACT_EVENT_COMMIT_SUB)
-		commit_level(GetCurrentTransactionNestLevel());
-	else if (event == SUBXACT_EVENT_ABORT_SUB)
-		abort_level(GetCurrentTransactionNestLevel());
+		commit_level(level);
+	else
+		abort_level(level);
 }
 
 /*
@@ -502,7 +497,8 @@ remove_claim(Claim *claim)
  * Remove what shared memory says of a claim.
  *
  * The claims on one scope share one entry, which then goes back to the older
- * one.
+ * one: its end may have been rolled back too, and others are to tell a different
+ * request from a repeat.
  */
 static void
 untrack(const Claim *claim)

@@ -10,10 +10,10 @@
 
 #include "postgres.h"
 
+#include "claim/in_flight.h"
 #include "datatype/timestamp.h"
-#include "in_flight.h"
 #include "lib/ilist.h"
-#include "scope.h"
+#include "request/scope.h"
 
 /* A claim that this transaction began */
 typedef struct Claim

@@ -19,15 +19,15 @@
  * closing a portal, are statements too, and come before the callbacks.
  *
  * This is only for the question.  What is to be done when the outcome is known
- * has callbacks that stay in their place (claim.c, event.c, wake.c).
+ * has its turn in transaction.c.
  *
  *-------------------------------------------------------------------------
  */
-#include "idempotency.h"
+#include "base.h"
 
 #include "access/xact.h"
+#include "claim/guard.h"
 #include "executor/executor.h"
-#include "guard.h"
 #include "tcop/utility.h"
 
 static void at_end_of_xact(XactEvent event, void *arg);

@@ -29,20 +29,21 @@
  *
  *-------------------------------------------------------------------------
  */
-#include "idempotency.h"
+#include "base.h"
 
 #include "access/xact.h"
+#include "claim/in_flight.h"
 #include "funcapi.h"
-#include "in_flight.h"
 #include "miscadmin.h"
 #include "port/atomics.h"
-#include "storage/ipc.h"
+#include "settings.h"
+#include "shared_memory.h"
 #include "storage/lwlock.h"
 #include "storage/procarray.h"
 #include "storage/shmem.h"
-#include "utils/builtins.h"
 #include "utils/hsearch.h"
 #include "utils/timestamp.h"
+#include "utils/tuplestore.h"
 
 #define NUM_PARTITIONS		16
 #define TRANCHE_NAME		"idempotency"
@@ -67,9 +68,8 @@ typedef struct InFlightState
 	pg_atomic_uint32 prepared;	/* entries of prepared transactions */
 } InFlightState;
 
-static Size in_flight_size(void);
-static void request_shmem(void);
-static void startup_shmem(void);
+static Size get_size(void);
+static void start_up(void);
 static uint32 hash_locktag(const void *key, Size keysize);
 static LWLock *partition_lock(uint32 hash);
 static void lock_all_partitions(LWLockMode mode);
@@ -82,27 +82,25 @@ static void put_claim(ReturnSetInfo *rsinfo, const InFlightClaim *claim);
 PG_FUNCTION_INFO_V1(idempotency_in_flight);
 PG_FUNCTION_INFO_V1(idempotency_tracking);
 
-static shmem_request_hook_type prev_shmem_request_hook = NULL;
-static shmem_startup_hook_type prev_shmem_startup_hook = NULL;
-
 /* pointers to shared memory, null unless the library is preloaded */
 static InFlightState *state = NULL;
 static HTAB *claims = NULL;
 static LWLockPadded *partitions = NULL;
 
 /*
- * Ask for shared memory while there is still time to.
+ * Ask for shared memory.
  */
 void
 InFlightInit(void)
 {
-	if (!process_shared_preload_libraries_in_progress)
-		return;
+	static const SharedMemoryUser user = {
+		.get_size = get_size,
+		.tranche = TRANCHE_NAME,
+		.locks = NUM_PARTITIONS,
+		.start_up = start_up
+	};
 
-	prev_shmem_request_hook = shmem_request_hook;
-	shmem_request_hook = request_shmem;
-	prev_shmem_startup_hook = shmem_startup_hook;
-	shmem_startup_hook = startup_shmem;
+	SharedMemoryRegister(&user);
 }
 
 /*
@@ -291,7 +289,7 @@ idempotency_tracking(PG_FUNCTION_ARGS)
 }
 
 static Size
-in_flight_size(void)
+get_size(void)
 {
 	return add_size(MAXALIGN(sizeof(InFlightState)),
 					hash_estimate_size(idempotency_max_tracked_claims,
@@ -299,31 +297,13 @@ in_flight_size(void)
 }
 
 /*
- * shmem_request hook
+ * Make the table, or attach to it in a new process.
  */
 static void
-request_shmem(void)
-{
-	if (prev_shmem_request_hook)
-		prev_shmem_request_hook();
-
-	RequestAddinShmemSpace(in_flight_size());
-	RequestNamedLWLockTranche(TRANCHE_NAME, NUM_PARTITIONS);
-}
-
-/*
- * shmem_startup hook: make the table, or attach to it in a new process.
- */
-static void
-startup_shmem(void)
+start_up(void)
 {
 	bool		found;
 	HASHCTL		info = {0};
-
-	if (prev_shmem_startup_hook)
-		prev_shmem_startup_hook();
-
-	LWLockAcquire(AddinShmemInitLock, LW_EXCLUSIVE);
 
 	state = ShmemInitStruct("idempotency state", sizeof(InFlightState), &found);
 	if (!found)
@@ -338,14 +318,10 @@ startup_shmem(void)
 	info.match = memcmp;
 	info.num_partitions = NUM_PARTITIONS;
 	claims = ShmemInitHash("idempotency claims in flight",
-						   idempotency_max_tracked_claims,
-						   idempotency_max_tracked_claims,
-						   &info,
+						   idempotency_max_tracked_claims, &info,
 						   HASH_ELEM | HASH_FUNCTION | HASH_COMPARE |
 						   HASH_PARTITION | HASH_FIXED_SIZE);
 	partitions = GetNamedLWLockTranche(TRANCHE_NAME);
-
-	LWLockRelease(AddinShmemInitLock);
 }
 
 /*

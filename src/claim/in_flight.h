@@ -12,8 +12,8 @@
 
 #include "access/transam.h"
 #include "datatype/timestamp.h"
-#include "fingerprint.h"
-#include "scope.h"
+#include "request/fingerprint.h"
+#include "request/scope.h"
 #include "utils/uuid.h"
 
 /* What there is to know about a claim beside its scope */

@@ -65,13 +65,14 @@
  *
  *-------------------------------------------------------------------------
  */
-#include "idempotency.h"
+#include "base.h"
 
-#include "call.h"
-#include "lease.h"
+#include "claim/lease.h"
+#include "claim/wake.h"
 #include "miscadmin.h"
+#include "request/arguments.h"
+#include "settings.h"
 #include "utils/timestamp.h"
-#include "wake.h"
 
 /* How much longer than its ttl an answer may be kept, as a part of that */
 #define EXPIRY_ROOM_PART	8

@@ -10,9 +10,9 @@
 
 #include "postgres.h"
 
-#include "in_flight.h"
-#include "scope.h"
-#include "store.h"
+#include "claim/in_flight.h"
+#include "request/scope.h"
+#include "store/store.h"
 
 extern void LeaseInsert(Store *store, const Scope *scope,
 						const ClaimFacts *facts, int64 ttl);

@@ -21,30 +21,27 @@
  *
  *-------------------------------------------------------------------------
  */
-#include "idempotency.h"
+#include "base.h"
 
 #include "access/xact.h"
+#include "claim/wake.h"
 #include "common/hashfn.h"
 #include "miscadmin.h"
+#include "shared_memory.h"
 #include "storage/condition_variable.h"
-#include "storage/ipc.h"
 #include "storage/latch.h"
-#include "storage/lwlock.h"
 #include "storage/shmem.h"
+#include "transaction.h"
 #include "utils/wait_event.h"
-#include "wake.h"
 
 #define NUM_CHANNELS	64
 #define MAX_SLEEP_MS	1000
 #define POLL_MS			50
 
-static void request_shmem(void);
-static void startup_shmem(void);
+static Size get_size(void);
+static void start_up(void);
 static int	get_channel(const Scope *scope);
-static void at_end_of_xact(XactEvent event, void *arg);
-
-static shmem_request_hook_type prev_shmem_request_hook = NULL;
-static shmem_startup_hook_type prev_shmem_startup_hook = NULL;
+static void at_end_of_xact(XactEvent event);
 
 /* in shared memory, null unless the library is preloaded */
 static ConditionVariable *channels = NULL;
@@ -53,20 +50,18 @@ static ConditionVariable *channels = NULL;
 static uint64 pending = 0;
 
 /*
- * Hook into the start of the server, and the end of transactions.
+ * Ask for shared memory, and hook into the end of transactions.
  */
 void
 WakeInit(void)
 {
-	RegisterXactCallback(at_end_of_xact, NULL);
+	static const SharedMemoryUser user = {
+		.get_size = get_size,
+		.start_up = start_up
+	};
 
-	if (!process_shared_preload_libraries_in_progress)
-		return;
-
-	prev_shmem_request_hook = shmem_request_hook;
-	shmem_request_hook = request_shmem;
-	prev_shmem_startup_hook = shmem_startup_hook;
-	shmem_startup_hook = startup_shmem;
+	SharedMemoryRegister(&user);
+	TransactionAtEnd(AT_END_WAKE, at_end_of_xact, NULL);
 }
 
 /*
@@ -120,36 +115,25 @@ WakeDone(void)
 		ConditionVariableCancelSleep();
 }
 
-/*
- * shmem_request hook
- */
-static void
-request_shmem(void)
+static Size
+get_size(void)
 {
-	if (prev_shmem_request_hook)
-		prev_shmem_request_hook();
-
-	RequestAddinShmemSpace(MAXALIGN(NUM_CHANNELS * sizeof(ConditionVariable)));
+	return MAXALIGN(NUM_CHANNELS * sizeof(ConditionVariable));
 }
 
 /*
- * shmem_startup hook: make the variables, or attach to them in a new process.
+ * Make the variables, or attach to them in a new process.
  */
 static void
-startup_shmem(void)
+start_up(void)
 {
 	bool		found;
 
-	if (prev_shmem_startup_hook)
-		prev_shmem_startup_hook();
-
-	LWLockAcquire(AddinShmemInitLock, LW_EXCLUSIVE);
 	channels = ShmemInitStruct("idempotency wake",
 							   NUM_CHANNELS * sizeof(ConditionVariable),
 							   &found);
 	for (int i = 0; !found && i < NUM_CHANNELS; i++)
 		ConditionVariableInit(&channels[i]);
-	LWLockRelease(AddinShmemInitLock);
 }
 
 /*
@@ -166,7 +150,7 @@ get_channel(const Scope *scope)
  * will be.
  */
 static void
-at_end_of_xact(XactEvent event, void *arg)
+at_end_of_xact(XactEvent event)
 {
 	if (pending == 0)
 		return;
@@ -179,7 +163,5 @@ at_end_of_xact(XactEvent event, void *arg)
 				ConditionVariableBroadcast(&channels[i]);
 		}
 	}
-	if (event == XACT_EVENT_COMMIT || event == XACT_EVENT_ABORT ||
-		event == XACT_EVENT_PREPARE)
-		pending = 0;
+	pending = 0;
 }

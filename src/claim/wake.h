@@ -10,7 +10,7 @@
 
 #include "postgres.h"
 
-#include "scope.h"
+#include "request/scope.h"
 
 extern void WakeInit(void);
 extern void WakeAtEnd(const Scope *scope);

@@ -16,13 +16,14 @@
  *
  *-------------------------------------------------------------------------
  */
-#include "idempotency.h"
+#include "base.h"
 
 #include "access/xact.h"
-#include "event.h"
 #include "lib/ilist.h"
-#include "log.h"
-#include "metrics.h"
+#include "observe/event.h"
+#include "observe/log.h"
+#include "observe/metrics.h"
+#include "transaction.h"
 #include "utils/memutils.h"
 #include "utils/timestamp.h"
 
@@ -44,26 +45,11 @@ typedef struct PendingEvent
 static ActionMetrics *find_metrics(Datum action);
 static void add_pending(EventClass class, ActionMetrics *metrics, uint64 count,
 						int64 run_time, char *log);
-static void at_end_of_xact(XactEvent event, void *arg);
-static void at_end_of_subxact(SubXactEvent event, SubTransactionId mySubid,
-							  SubTransactionId parentSubid, void *arg);
+static void at_end_of_xact(XactEvent event);
+static void at_end_of_savepoint(SubXactEvent event, int level);
 static void commit_level(int level);
 static void abort_level(int level);
 static void commit_events(void);
-
-static const char *const class_names[EVENT_CLASSES] = {
-	[EVENT_STARTED] = "started",
-	[EVENT_REPLAYED] = "replayed",
-	[EVENT_IN_FLIGHT] = "in_flight",
-	[EVENT_MISMATCHED] = "mismatched",
-	[EVENT_EXPIRED] = "expired",
-	[EVENT_STALLED] = "stalled",
-	[EVENT_TAKEN_OVER] = "taken_over",
-	[EVENT_COMPLETED] = "completed",
-	[EVENT_ERRORED] = "errored",
-	[EVENT_RELEASED] = "released",
-	[EVENT_SWEPT] = "swept",
-};
 
 /* events of this transaction, in TopTransactionContext */
 static dlist_head pending = DLIST_STATIC_INIT(pending);
@@ -74,17 +60,7 @@ static dlist_head pending = DLIST_STATIC_INIT(pending);
 void
 EventInit(void)
 {
-	RegisterXactCallback(at_end_of_xact, NULL);
-	RegisterSubXactCallback(at_end_of_subxact, NULL);
-}
-
-/*
- * The name of a class of events, as settings, columns and log lines have it.
- */
-const char *
-EventClassName(EventClass class)
-{
-	return class_names[class];
+	TransactionAtEnd(AT_END_EVENTS, at_end_of_xact, at_end_of_savepoint);
 }
 
 /*
@@ -197,33 +173,28 @@ add_pending(EventClass class, ActionMetrics *metrics, uint64 count,
 }
 
 /*
- * Transaction callback
+ * The end of a transaction
  */
 static void
-at_end_of_xact(XactEvent event, void *arg)
+at_end_of_xact(XactEvent event)
 {
 	if (dlist_is_empty(&pending))
 		return;
 
-	if (event == XACT_EVENT_COMMIT || event == XACT_EVENT_PREPARE)
+	if (event != XACT_EVENT_ABORT)
 		commit_events();
-	if (event == XACT_EVENT_COMMIT || event == XACT_EVENT_ABORT ||
-		event == XACT_EVENT_PREPARE)
-		dlist_init(&pending);
+	dlist_init(&pending);
 }
 
 /*
- * Subtransaction callback
+ * The end of a savepoint
  */
 static void
-at_end_of_subxact(SubXactEvent event, SubTransactionId mySubid,
-				  SubTransactionId parentSubid, void *arg)
+at_end_of_savepoint(SubXactEvent event, int level)
 {
-	int			level = GetCurrentTransactionNestLevel();
-
 	if (event == SUBXACT_EVENT_COMMIT_SUB)
 		commit_level(level);
-	else if (event == SUBXACT_EVENT_ABORT_SUB)
+	else
 		abort_level(level);
 }
 

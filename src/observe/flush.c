@@ -28,17 +28,19 @@
  *
  *-------------------------------------------------------------------------
  */
-#include "idempotency.h"
+#include "base.h"
 
 #include "access/xact.h"
 #include "access/xlog.h"
 #include "catalog/pg_type_d.h"
 #include "executor/spi.h"
-#include "flush.h"
-#include "metrics.h"
 #include "miscadmin.h"
-#include "owner.h"
+#include "observe/flush.h"
+#include "observe/metrics.h"
+#include "settings.h"
 #include "storage/lmgr.h"
+#include "store/owner.h"
+#include "transaction.h"
 #include "utils/builtins.h"
 #include "utils/lsyscache.h"
 #include "utils/memutils.h"
@@ -66,7 +68,7 @@ typedef struct Flushed
 	uint64		values[METRIC_VALUES];
 } Flushed;
 
-static void at_end_of_xact(XactEvent event, void *arg);
+static void at_end_of_xact(XactEvent event);
 static void flush_into(const char *schema);
 static bool read_delta(ActionMetrics *metrics, uint64 *delta);
 static SPIPlanPtr prepare_insert(const char *schema, const char *table);
@@ -107,7 +109,7 @@ static List *flushed_metrics = NIL;
 void
 FlushInit(void)
 {
-	RegisterXactCallback(at_end_of_xact, NULL);
+	TransactionAtEnd(AT_END_FLUSH, at_end_of_xact, NULL);
 }
 
 /*
@@ -141,10 +143,10 @@ FlushMetrics(void)
 }
 
 /*
- * Transaction callback: what was flushed is in the table now, or is not.
+ * The end of a transaction: what was flushed is in the table now, or is not.
  */
 static void
-at_end_of_xact(XactEvent event, void *arg)
+at_end_of_xact(XactEvent event)
 {
 	ListCell   *lc;
 
@@ -161,8 +163,7 @@ at_end_of_xact(XactEvent event, void *arg)
 				flushed->metrics->flushed[i] += flushed->values[i];
 		}
 	}
-	if (event == XACT_EVENT_COMMIT || event == XACT_EVENT_ABORT)
-		flushed_metrics = NIL;
+	flushed_metrics = NIL;
 }
 
 /*

@@ -17,13 +17,13 @@
  *
  *-------------------------------------------------------------------------
  */
-#include "idempotency.h"
+#include "base.h"
 
 #include <math.h>
 
 #include "catalog/pg_type_d.h"
 #include "fmgr.h"
-#include "histogram.h"
+#include "observe/histogram.h"
 #include "port/pg_bitutils.h"
 #include "utils/array.h"
 

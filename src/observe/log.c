@@ -20,15 +20,16 @@
  *
  *-------------------------------------------------------------------------
  */
-#include "idempotency.h"
+#include "base.h"
 
 #include "common/sha2.h"
-#include "event.h"
 #include "fmgr.h"
 #include "lib/stringinfo.h"
-#include "log.h"
 #include "mb/pg_wchar.h"
 #include "nodes/pg_list.h"
+#include "observe/event_class.h"
+#include "observe/log.h"
+#include "settings.h"
 #include "tcop/tcopprot.h"
 #include "utils/builtins.h"
 #include "utils/fmgrprotos.h"
@@ -37,16 +38,6 @@
 #include "utils/timestamp.h"
 #include "utils/varlena.h"
 
-/* idempotency.log_key */
-typedef enum LogKey
-{
-	LOG_KEY_FULL,
-	LOG_KEY_HASH,
-	LOG_KEY_NONE
-} LogKey;
-
-static bool check_events(char **newval, void **extra, GucSource source);
-static void assign_events(const char *newval, void *extra);
 static bool parse_class(const char *item, uint32 *classes);
 static const char *get_outcome(EventClass class);
 static void append_part(StringInfo detail, const char *member,
@@ -54,61 +45,8 @@ static void append_part(StringInfo detail, const char *member,
 static void append_key(StringInfo detail, const ScopeName *name);
 static void append_string(StringInfo detail, const char *string);
 
-static const struct config_enum_entry log_key_options[] = {
-	{"full", LOG_KEY_FULL, false},
-	{"hash", LOG_KEY_HASH, false},
-	{"none", LOG_KEY_NONE, false},
-	{NULL, 0, false}
-};
-
-static const struct config_enum_entry log_level_options[] = {
-	{"debug5", DEBUG5, false},
-	{"debug4", DEBUG4, false},
-	{"debug3", DEBUG3, false},
-	{"debug2", DEBUG2, false},
-	{"debug1", DEBUG1, false},
-	{"log", LOG, false},
-	{"notice", NOTICE, false},
-	{"warning", WARNING, false},
-	{NULL, 0, false}
-};
-
-/* settings */
-static char *log_events;
-static int	log_key;			/* a LogKey */
-static int	log_level = LOG;
-
 /* idempotency.log_events, parsed: a bit for each EventClass */
 static uint32 logged_classes;
-
-/*
- * Define the settings.
- */
-void
-LogInit(void)
-{
-	DefineCustomStringVariable("idempotency.log_events",
-							   "Lists the classes of events that are logged.",
-							   "started, replayed, in_flight, mismatched, expired, stalled, taken_over, completed, errored and released; or all, or none.",
-							   &log_events,
-							   "mismatched,in_flight,taken_over,stalled",
-							   PGC_SUSET, GUC_LIST_INPUT,
-							   check_events, assign_events, NULL);
-	DefineCustomEnumVariable("idempotency.log_key",
-							 "Sets how the key of a request is logged.",
-							 NULL,
-							 &log_key,
-							 LOG_KEY_FULL, log_key_options,
-							 PGC_SUSET, 0,
-							 NULL, NULL, NULL);
-	DefineCustomEnumVariable("idempotency.log_level",
-							 "Sets the level at which events are logged.",
-							 NULL,
-							 &log_level,
-							 LOG, log_level_options,
-							 PGC_SUSET, 0,
-							 NULL, NULL, NULL);
-}
 
 /*
  * Whether events of a class are to be logged.
@@ -157,7 +95,7 @@ LogWrite(EventClass class, const char *detail)
 	ErrorContextCallback *context = error_context_stack;
 
 	error_context_stack = NULL;
-	ereport(log_level,
+	ereport(idempotency_log_level,
 			(errmsg("idempotency event \"%s\"", EventClassName(class)),
 			 errdetail_log("%s", detail),
 			 errhidestmt(true)));
@@ -180,8 +118,8 @@ LogWriteAtCommit(EventClass class, const char *detail)
 /*
  * Check hook of idempotency.log_events: parses the list.
  */
-static bool
-check_events(char **newval, void **extra, GucSource source)
+bool
+LogCheckEvents(char **newval, void **extra, GucSource source)
 {
 	char	   *rawstring = pstrdup(*newval);
 	List	   *items;
@@ -215,8 +153,8 @@ check_events(char **newval, void **extra, GucSource source)
 /*
  * Assign hook of idempotency.log_events.
  */
-static void
-assign_events(const char *newval, void *extra)
+void
+LogAssignEvents(const char *newval, void *extra)
 {
 	memcpy(&logged_classes, extra, sizeof(logged_classes));
 }
@@ -286,9 +224,9 @@ append_key(StringInfo detail, const ScopeName *name)
 	bytea	   *hash;
 	char		hex[2 * PG_SHA256_DIGEST_LENGTH];
 
-	if (log_key == LOG_KEY_FULL)
+	if (idempotency_log_key == LOG_KEY_FULL)
 		append_part(detail, "key", name, SCOPE_KEY);
-	if (log_key != LOG_KEY_HASH)
+	if (idempotency_log_key != LOG_KEY_HASH)
 		return;
 
 	/* a text is laid out as a bytea of its bytes */

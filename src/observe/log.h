@@ -10,9 +10,11 @@
 
 #include "postgres.h"
 
-#include "event.h"
+#include "observe/event_class.h"
+#include "utils/guc.h"
 
-extern void LogInit(void);
+extern bool LogCheckEvents(char **newval, void **extra, GucSource source);
+extern void LogAssignEvents(const char *newval, void *extra);
 extern bool LogWants(EventClass class);
 extern char *LogMakeDetail(const Event *event);
 extern void LogWrite(EventClass class, const char *detail);

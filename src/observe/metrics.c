@@ -15,39 +15,29 @@
  * and remembers the entry by the hash of the name.
  *
  * The values only grow.  What of them has been written to the table of metrics
- * is kept beside them (see flush.c).  Both are saved to a file when the server
- * is shut down, and read back when it starts.  The file is removed before that,
- * so that after a crash nothing is counted twice; what was not flushed is lost.
- * It ends with a checksum of all that is before, and a file that is not as it was
- * written is not used at all.
+ * is kept beside them (see flush.c).  Both outlive a restart (metrics_file.c).
  *
  *-------------------------------------------------------------------------
  */
-#include "idempotency.h"
+#include "base.h"
 
 #include <math.h>
-#include <sys/stat.h>
-#include <unistd.h>
 
-#include "catalog/pg_control.h"
-#include "common/controldata_utils.h"
 #include "common/hashfn.h"
 #include "funcapi.h"
-#include "metrics.h"
 #include "miscadmin.h"
-#include "pgstat.h"
-#include "port/pg_crc32c.h"
-#include "storage/fd.h"
-#include "storage/ipc.h"
+#include "observe/metrics.h"
+#include "observe/metrics_file.h"
+#include "settings.h"
+#include "shared_memory.h"
 #include "storage/lwlock.h"
 #include "storage/shmem.h"
 #include "utils/builtins.h"
 #include "utils/hsearch.h"
 #include "utils/timestamp.h"
+#include "utils/tuplestore.h"
 
 #define TRANCHE_NAME		"idempotency metrics"
-#define DUMP_FILE			PGSTAT_STAT_PERMANENT_DIRECTORY "/idempotency.stat"
-#define DUMP_MAGIC			0x1de30003
 
 /* Entries that are set aside for the other actions of a database */
 #define OVERFLOW_ENTRIES	64
@@ -76,46 +66,20 @@ typedef struct MetricsState
 	pg_atomic_uint64 lost;		/* events that there was no entry for */
 } MetricsState;
 
-/* The beginning of the file that is written at shutdown */
-typedef struct DumpHeader
-{
-	uint32		magic;
-	int32		count;			/* entries that follow */
-	TimestampTz since;
-} DumpHeader;
-
-/* An entry in it */
-typedef struct DumpedMetrics
-{
-	MetricsKey	key;
-	uint64		values[METRIC_VALUES];
-	uint64		flushed[METRIC_VALUES];
-	TimestampTz reported;
-} DumpedMetrics;
-
-static Size metrics_size(void);
-static void request_shmem(void);
-static void startup_shmem(void);
+static Size get_size(void);
+static void start_up(void);
+static SavedMetrics *get_saved(int *count, TimestampTz *since);
+static void put_saved(SavedMetrics *saved, int count, TimestampTz since);
+static void put_saved_entry(SavedMetrics *saved);
 static ActionMetrics *find_entry(const unsigned char *action);
 static ActionMetrics *enter(const MetricsKey *key);
 static void init_entry(ActionMetrics *metrics);
 static void put_row(ReturnSetInfo *rsinfo, ActionMetrics *metrics);
 static void put_times(Datum *values, bool *nulls, uint64 sum,
 					  const uint64 *histogram);
-static void dump(int code, Datum arg);
-static bool is_shut_down(void);
-static void load(void);
-static bool write_dump(FILE *file);
-static bool write_part(FILE *file, const void *part, size_t size, pg_crc32c *crc);
-static bool read_dump(FILE *file);
-static bool read_part(FILE *file, void *part, size_t size, pg_crc32c *crc);
-static void load_entry(DumpedMetrics *dumped);
 
 PG_FUNCTION_INFO_V1(idempotency_stats);
 PG_FUNCTION_INFO_V1(idempotency_metrics_room);
-
-static shmem_request_hook_type prev_shmem_request_hook = NULL;
-static shmem_startup_hook_type prev_shmem_startup_hook = NULL;
 
 /* pointers to shared memory, null unless the library is preloaded */
 static MetricsState *state = NULL;
@@ -137,18 +101,19 @@ static struct
 }			latest;
 
 /*
- * Ask for shared memory while there is still time to.
+ * Ask for shared memory.
  */
 void
 MetricsInit(void)
 {
-	if (!process_shared_preload_libraries_in_progress)
-		return;
+	static const SharedMemoryUser user = {
+		.get_size = get_size,
+		.tranche = TRANCHE_NAME,
+		.locks = 1,
+		.start_up = start_up
+	};
 
-	prev_shmem_request_hook = shmem_request_hook;
-	shmem_request_hook = request_shmem;
-	prev_shmem_startup_hook = shmem_startup_hook;
-	shmem_startup_hook = startup_shmem;
+	SharedMemoryRegister(&user);
 }
 
 /*
@@ -408,53 +373,30 @@ idempotency_metrics_room(PG_FUNCTION_ARGS)
 }
 
 static Size
-metrics_size(void)
+get_size(void)
 {
+	if (idempotency_max_actions == 0)
+		return 0;
 	return add_size(MAXALIGN(sizeof(MetricsState)),
 					hash_estimate_size(idempotency_max_actions + OVERFLOW_ENTRIES,
 									   sizeof(ActionMetrics)));
 }
 
 /*
- * shmem_request hook
+ * Make the table, or attach to it in a new process.
  */
 static void
-request_shmem(void)
-{
-	if (prev_shmem_request_hook)
-		prev_shmem_request_hook();
-
-	if (idempotency_max_actions == 0)
-		return;
-	RequestAddinShmemSpace(metrics_size());
-	RequestNamedLWLockTranche(TRANCHE_NAME, 1);
-}
-
-/*
- * shmem_startup hook: make the table, or attach to it in a new process.
- */
-static void
-startup_shmem(void)
+start_up(void)
 {
 	bool		found;
 	HASHCTL		info = {0};
-
-	if (prev_shmem_startup_hook)
-		prev_shmem_startup_hook();
-
-	if (idempotency_max_actions == 0)
-		return;
-
-	LWLockAcquire(AddinShmemInitLock, LW_EXCLUSIVE);
 
 	state = ShmemInitStruct("idempotency metrics state", sizeof(MetricsState),
 							&found);
 	info.keysize = sizeof(MetricsKey);
 	info.entrysize = sizeof(ActionMetrics);
 	entries = ShmemInitHash("idempotency metrics",
-							idempotency_max_actions + OVERFLOW_ENTRIES,
-							idempotency_max_actions + OVERFLOW_ENTRIES,
-							&info,
+							idempotency_max_actions + OVERFLOW_ENTRIES, &info,
 							HASH_ELEM | HASH_BLOBS | HASH_FIXED_SIZE);
 	lock = &GetNamedLWLockTranche(TRANCHE_NAME)->lock;
 	if (!found)
@@ -464,13 +406,9 @@ startup_shmem(void)
 		pg_atomic_init_u64(&state->lost, 0);
 	}
 
-	LWLockRelease(AddinShmemInitLock);
-
-	/* in the postmaster only, which is the last to go */
-	if (!IsUnderPostmaster)
-		on_shmem_exit(dump, (Datum) 0);
+	MetricsFileInit(get_saved, put_saved);
 	if (!found)
-		load();
+		MetricsFileLoad();
 }
 
 /*
@@ -592,197 +530,63 @@ put_times(Datum *values, bool *nulls, uint64 sum, const uint64 *histogram)
 }
 
 /*
- * Exit callback of the postmaster: save the metrics when the server is shut
- * down in an orderly way.
+ * What is to be saved: all entries, of all databases.
  */
-static void
-dump(int code, Datum arg)
+static SavedMetrics *
+get_saved(int *count, TimestampTz *since)
 {
-	FILE	   *file;
-
-	if (entries == NULL || !is_shut_down())
-		return;
-
-	file = AllocateFile(DUMP_FILE ".tmp", PG_BINARY_W);
-	if (file == NULL || !write_dump(file) || FreeFile(file) != 0)
-	{
-		ereport(LOG,
-				(errcode_for_file_access(),
-				 errmsg("could not write file \"%s\": %m", DUMP_FILE ".tmp")));
-		if (file != NULL)
-			unlink(DUMP_FILE ".tmp");
-		return;
-	}
-	(void) durable_rename(DUMP_FILE ".tmp", DUMP_FILE, LOG);
-}
-
-/*
- * Whether nothing was committed that is not on disk.
- *
- * The exit code of the postmaster does not tell: after a stop in immediate mode
- * it is as if all were well, and a start that failed for an error in a
- * configuration file has read what was saved, and must not lose it.
- */
-static bool
-is_shut_down(void)
-{
-	bool		crc_ok;
-	ControlFileData *control = get_controlfile(DataDir, &crc_ok);
-
-	return crc_ok && (control->state == DB_SHUTDOWNED ||
-					  control->state == DB_SHUTDOWNED_IN_RECOVERY);
-}
-
-/*
- * Remove the file with what was saved, and read it.
- */
-static void
-load(void)
-{
-	FILE	   *file = AllocateFile(DUMP_FILE, PG_BINARY_R);
-
-	if (file == NULL)
-	{
-		if (errno != ENOENT)
-			ereport(LOG,
-					(errcode_for_file_access(),
-					 errmsg("could not read file \"%s\": %m", DUMP_FILE)));
-		return;
-	}
-
-	if (durable_unlink(DUMP_FILE, LOG) == 0 && !read_dump(file))
-		ereport(LOG,
-				(errcode(ERRCODE_DATA_CORRUPTED),
-				 errmsg("ignoring invalid data in file \"%s\"", DUMP_FILE)));
-	FreeFile(file);
-}
-
-/*
- * Write all entries.  Returns false if that failed, with errno set.
- */
-static bool
-write_dump(FILE *file)
-{
-	DumpHeader	header = {
-		.magic = DUMP_MAGIC,
-		.count = (int32) hash_get_num_entries(entries),
-		.since = state->since,
-	};
+	SavedMetrics *saved = palloc0_array(SavedMetrics,
+										hash_get_num_entries(entries));
 	HASH_SEQ_STATUS seq;
 	ActionMetrics *metrics;
-	DumpedMetrics dumped;
-	pg_crc32c	crc;
 
-	INIT_CRC32C(crc);
-	if (!write_part(file, &header, sizeof(header), &crc))
-		return false;
-
-	memset(&dumped, 0, sizeof(dumped));
+	*count = 0;
+	*since = state->since;
 	hash_seq_init(&seq, entries);
 	while ((metrics = hash_seq_search(&seq)) != NULL)
 	{
-		dumped.key = metrics->key;
-		MetricsRead(metrics, dumped.values);
-		memcpy(dumped.flushed, metrics->flushed, sizeof(dumped.flushed));
-		dumped.reported = metrics->reported;
-		if (!write_part(file, &dumped, sizeof(dumped), &crc))
-		{
-			hash_seq_term(&seq);
-			return false;
-		}
+		SavedMetrics *entry = &saved[(*count)++];
+
+		entry->key = metrics->key;
+		MetricsRead(metrics, entry->values);
+		memcpy(entry->flushed, metrics->flushed, sizeof(entry->flushed));
+		entry->reported = metrics->reported;
 	}
-
-	FIN_CRC32C(crc);
-	return fwrite(&crc, sizeof(crc), 1, file) == 1;
+	return saved;
 }
 
 /*
- * Write a part of the file, and have the checksum include it.
+ * Go on from what was saved.
  */
-static bool
-write_part(FILE *file, const void *part, size_t size, pg_crc32c *crc)
+static void
+put_saved(SavedMetrics *saved, int count, TimestampTz since)
 {
-	COMP_CRC32C(*crc, part, size);
-	return fwrite(part, size, 1, file) == 1;
+	state->since = since;
+	for (int i = 0; i < count; i++)
+		put_saved_entry(&saved[i]);
 }
 
 /*
- * Read all entries.  Returns false if the file is not one that we wrote, and has
- * not changed anything then.
- */
-static bool
-read_dump(FILE *file)
-{
-	DumpHeader	header;
-	DumpedMetrics *dumped;
-	pg_crc32c	crc;
-	pg_crc32c	written;
-	struct stat status;
-	Size		size;
-	bool		valid;
-
-	INIT_CRC32C(crc);
-	if (!read_part(file, &header, sizeof(header), &crc) ||
-		header.magic != DUMP_MAGIC || header.count < 0)
-		return false;
-
-	/* until the checksum has been seen, the count may be anything */
-	size = (Size) header.count * sizeof(DumpedMetrics);
-	if (fstat(fileno(file), &status) != 0 ||
-		status.st_size != (off_t) (sizeof(header) + size + sizeof(written)))
-		return false;
-
-	dumped = palloc_extended(Max(size, 1), MCXT_ALLOC_HUGE);
-	valid = (header.count == 0 ||
-			 read_part(file, dumped, size, &crc)) &&
-		fread(&written, sizeof(written), 1, file) == 1;
-	FIN_CRC32C(crc);
-	valid = valid && EQ_CRC32C(crc, written);
-
-	if (valid)
-	{
-		state->since = header.since;
-		for (int i = 0; i < header.count; i++)
-			load_entry(&dumped[i]);
-	}
-	pfree(dumped);
-
-	return valid;
-}
-
-/*
- * Read a part of the file, and have the checksum include it.
- */
-static bool
-read_part(FILE *file, void *part, size_t size, pg_crc32c *crc)
-{
-	if (fread(part, size, 1, file) != 1)
-		return false;
-	COMP_CRC32C(*crc, part, size);
-	return true;
-}
-
-/*
- * Add an entry of the file to those in shared memory.  One that there is no room
+ * Add an entry that was saved to those that there are.  One that there is no room
  * for any more is added to the other actions of its database.
  */
 static void
-load_entry(DumpedMetrics *dumped)
+put_saved_entry(SavedMetrics *saved)
 {
-	ActionMetrics *metrics = enter(&dumped->key);
+	ActionMetrics *metrics = enter(&saved->key);
 
 	if (metrics == NULL)
 	{
-		memset(dumped->key.action, 0, sizeof(dumped->key.action));
-		metrics = enter(&dumped->key);
+		memset(saved->key.action, 0, sizeof(saved->key.action));
+		metrics = enter(&saved->key);
 	}
 	if (metrics == NULL)
 		return;
 
-	metrics->reported = Max(metrics->reported, dumped->reported);
+	metrics->reported = Max(metrics->reported, saved->reported);
 	for (int i = 0; i < METRIC_VALUES; i++)
 	{
-		pg_atomic_fetch_add_u64(&metrics->values[i], dumped->values[i]);
-		metrics->flushed[i] += dumped->flushed[i];
+		pg_atomic_fetch_add_u64(&metrics->values[i], saved->values[i]);
+		metrics->flushed[i] += saved->flushed[i];
 	}
 }

@@ -11,22 +11,9 @@
 #include "postgres.h"
 
 #include "datatype/timestamp.h"
-#include "event.h"
-#include "histogram.h"
 #include "nodes/pg_list.h"
+#include "observe/metrics_key.h"
 #include "port/atomics.h"
-#include "scope.h"
-
-/* The values that are counted for an action, by their place in an array */
-enum
-{
-	/* before these, a counter for each class of events */
-	METRIC_RUN_TIME = EVENT_CLASSES,	/* sum, microseconds */
-	METRIC_LOOKUP_TIME,			/* the same */
-	METRIC_RUN_TIME_HISTOGRAM,
-	METRIC_LOOKUP_TIME_HISTOGRAM = METRIC_RUN_TIME_HISTOGRAM + HISTOGRAM_BUCKETS,
-	METRIC_VALUES = METRIC_LOOKUP_TIME_HISTOGRAM + HISTOGRAM_BUCKETS
-};
 
 /* The leases of an action; only a background worker counts them (watch.c) */
 typedef struct LeaseCounts
@@ -35,16 +22,6 @@ typedef struct LeaseCounts
 	int			in_flight;
 	int			stalled;
 } LeaseCounts;
-
-/* What the metrics of an action are found by */
-typedef struct MetricsKey
-{
-	Oid			database;
-	unsigned char action[SCOPE_PART_MAX + 1];	/* behind a byte with its
-												 * length, then zeros; empty
-												 * for all actions that found
-												 * no room */
-} MetricsKey;
 
 /* The metrics of an action, in shared memory */
 typedef struct ActionMetrics

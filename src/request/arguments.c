@@ -1,16 +1,17 @@
 /*-------------------------------------------------------------------------
  *
- * call.c
+ * arguments.c
  *	  What the calls of an application have in common.
  *
  *-------------------------------------------------------------------------
  */
-#include "idempotency.h"
+#include "base.h"
 
 #include "access/detoast.h"
 #include "access/xact.h"
-#include "call.h"
 #include "miscadmin.h"
+#include "request/arguments.h"
+#include "settings.h"
 #include "utils/timestamp.h"
 
 static bool is_lifetime(int64 usecs, int64 least);

@@ -1,12 +1,12 @@
 /*-------------------------------------------------------------------------
  *
- * call.h
+ * arguments.h
  *	  What the calls of an application have in common.
  *
  *-------------------------------------------------------------------------
  */
-#ifndef IDEMPOTENCY_CALL_H
-#define IDEMPOTENCY_CALL_H
+#ifndef IDEMPOTENCY_ARGUMENTS_H
+#define IDEMPOTENCY_ARGUMENTS_H
 
 #include "postgres.h"
 
@@ -22,4 +22,4 @@ extern Size CallGetSize(const NullableDatum *argument);
 extern void CallCheckSize(const char *what, Size size);
 extern int64 CallIntervalToUsecs(const Interval *interval);
 
-#endif							/* IDEMPOTENCY_CALL_H */
+#endif							/* IDEMPOTENCY_ARGUMENTS_H */

@@ -23,12 +23,12 @@
  *
  *-------------------------------------------------------------------------
  */
-#include "idempotency.h"
+#include "base.h"
 
-#include "call.h"
 #include "miscadmin.h"
-#include "scope.h"
-#include "sha256.h"
+#include "request/scope.h"
+#include "request/sha256.h"
+#include "settings.h"
 #include "utils/builtins.h"
 
 static text *read_argument(FunctionCallInfo fcinfo, int argument);

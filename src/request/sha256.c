@@ -17,9 +17,9 @@
  *
  *-------------------------------------------------------------------------
  */
-#include "idempotency.h"
+#include "base.h"
 
-#include "sha256.h"
+#include "request/sha256.h"
 
 #ifdef USE_OPENSSL
 

@@ -12,10 +12,10 @@
  *
  *-------------------------------------------------------------------------
  */
-#include "idempotency.h"
+#include "base.h"
 
 #include "nodes/pg_list.h"
-#include "status.h"
+#include "request/status.h"
 #include "utils/varlena.h"
 
 #define FIRST_ERROR_STATUS	400

@@ -14,12 +14,12 @@
  *
  *-------------------------------------------------------------------------
  */
-#include "idempotency.h"
+#include "base.h"
 
 #include "access/htup_details.h"
 #include "catalog/pg_class.h"
 #include "miscadmin.h"
-#include "owner.h"
+#include "store/owner.h"
 #include "utils/guc.h"
 #include "utils/syscache.h"
 

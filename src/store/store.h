@@ -14,40 +14,9 @@
 #include "datatype/timestamp.h"
 #include "executor/tuptable.h"
 #include "nodes/nodes.h"
-#include "scope.h"
+#include "request/scope.h"
+#include "store/catalog.h"
 #include "utils/relcache.h"
-
-/* Columns of idempotency_key */
-#define Anum_idempotency_key_tenant				1
-#define Anum_idempotency_key_action				2
-#define Anum_idempotency_key_key				3
-#define Anum_idempotency_key_actor				4
-#define Anum_idempotency_key_state				5
-#define Anum_idempotency_key_request_hash		6
-#define Anum_idempotency_key_status_code		7
-#define Anum_idempotency_key_headers			8
-#define Anum_idempotency_key_response			9
-#define Anum_idempotency_key_body				10
-#define Anum_idempotency_key_claim				11
-#define Anum_idempotency_key_attempt			12
-#define Anum_idempotency_key_recovery_point		13
-#define Anum_idempotency_key_recovery_state		14
-#define Anum_idempotency_key_lease_expires_at	15
-#define Anum_idempotency_key_created_at			16
-#define Anum_idempotency_key_finished_at		17
-#define Anum_idempotency_key_expires_at			18
-#define Anum_idempotency_key_ttl				19
-#define Natts_idempotency_key					19
-
-/* Labels of idempotency_state */
-typedef enum RecordState
-{
-	RECORD_PENDING,
-	RECORD_COMPLETED,
-	RECORD_ERRORED
-} RecordState;
-
-#define RECORD_STATES	3
 
 /* What a lookup finds */
 typedef enum RecordLife
@@ -128,12 +97,11 @@ RecordSetState(Record *record, RecordState state)
 	RecordSet(record, state, Int32GetDatum(state));
 }
 
-extern void StoreInit(void);
-extern Oid	StoreTable(void);
 extern void StoreOpen(Store *store, LOCKMODE lockmode);
 extern void StoreClose(Store *store);
 extern RecordLife StoreFind(Store *store, const Scope *scope, TimestampTz now,
 							Record *record);
+extern void StoreFetch(Store *store, ItemPointer tid, Record *record);
 extern void StoreForget(Store *store);
 extern bool StoreIsCurrent(const Store *store);
 extern void StoreCheckSerializable(Store *store);
@@ -152,8 +120,5 @@ extern bool StoreNextExpired(Store *store, Record *record);
 extern void StoreEndExpired(Store *store);
 
 extern void RecordInit(Record *record, const Scope *scope);
-
-extern Oid	StoreResultType(void);
-extern Oid	StoreResponseType(void);
 
 #endif							/* IDEMPOTENCY_STORE_H */
