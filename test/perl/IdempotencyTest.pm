@@ -10,6 +10,8 @@ use PostgreSQL::Test::Utils;
 
 our @EXPORT = qw(
   new_server
+  set_conf
+  restart_with
   create_shop
   error_of
   session
@@ -58,6 +60,26 @@ sub new_server
 	$node->append_conf('postgresql.conf', $options{conf})
 	  if defined $options{conf};
 	return $node;
+}
+
+# Give a running server another setting, which a reload is enough for.
+sub set_conf
+{
+	my ($node, $name, $value) = @_;
+
+	$node->append_conf('postgresql.conf', "$name = $value");
+	$node->reload;
+	return;
+}
+
+# Add to the configuration of a running server what takes a restart.
+sub restart_with
+{
+	my ($node, $conf) = @_;
+
+	$node->append_conf('postgresql.conf', $conf);
+	$node->restart;
+	return;
 }
 
 # The extension, and an application on top of it: pay(key) makes a payment

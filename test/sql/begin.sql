@@ -2,28 +2,9 @@
 -- What begin and try_begin find, and what they answer
 --
 CREATE EXTENSION idempotency;
--- so that a failure cannot become a wait without end
-SET statement_timeout = '2min';
 
 -- an answer "in flight" tells for how long: the same each time with this
 SET idempotency.retry_after = '90s';
-
--- errors as text, without the time that a claim was held
-CREATE FUNCTION error_of(statement text) RETURNS text
-LANGUAGE plpgsql AS $$
-DECLARE
-    message text;
-    detail text;
-    hint text;
-BEGIN
-    EXECUTE statement;
-    RETURN 'no error';
-EXCEPTION WHEN OTHERS THEN
-    GET STACKED DIAGNOSTICS message = MESSAGE_TEXT,
-        detail = PG_EXCEPTION_DETAIL, hint = PG_EXCEPTION_HINT;
-    RETURN concat_ws(E'\n', SQLSTATE, message,
-                     regexp_replace(detail, '\d+\.\d{3} s', 'N s'), hint);
-END $$;
 
 --
 -- Nothing is found: started
@@ -286,6 +267,7 @@ SELECT idempotency_finish('acme', 'orders.create', 'before');
 COMMIT;
 SELECT outcome FROM idempotency_begin('acme', 'orders.create', 'before');
 -- a shorter lock_timeout or statement_timeout of the session keeps its meaning
+\set SHOW_CONTEXT never
 SET lock_timeout = '20ms';
 SELECT idempotency_try_begin('acme', 'orders.create', 'held', '{"amount": 1}', wait => '1 hour');
 \echo :SQLSTATE
@@ -301,7 +283,8 @@ RESET lock_timeout;
 SET statement_timeout = '20ms';
 SELECT idempotency_try_begin('acme', 'orders.create', 'held', '{"amount": 1}', wait => '1 hour');
 \echo :SQLSTATE
-SET statement_timeout = '2min';
+RESET statement_timeout;
+\set SHOW_CONTEXT errors
 
 -- committed: its answer
 COMMIT PREPARED 'held';
@@ -355,5 +338,4 @@ SELECT count(*), count(DISTINCT (request_hash, actor, status_code, response::tex
        min(expires_at - finished_at) AS kept_for
 FROM idempotency_key WHERE key IN ('position', 'name');
 
-DROP FUNCTION error_of;
 DROP EXTENSION idempotency;

@@ -2,30 +2,8 @@
 -- Checkpoints: how far the work under a leased claim got
 --
 CREATE EXTENSION idempotency;
--- so that a failure cannot become a wait without end
-SET statement_timeout = '2min';
 \set SHOW_CONTEXT never
 \pset null (null)
-
--- the id of a claim, by a number
-CREATE FUNCTION claim_of(number int) RETURNS uuid LANGUAGE sql IMMUTABLE AS
-$$ SELECT lpad(number::text, 32, '0')::uuid $$;
-
--- errors as text
-CREATE FUNCTION error_of(statement text) RETURNS text
-LANGUAGE plpgsql AS $$
-DECLARE
-    message text;
-    detail text;
-    hint text;
-BEGIN
-    EXECUTE statement;
-    RETURN 'no error';
-EXCEPTION WHEN OTHERS THEN
-    GET STACKED DIAGNOSTICS message = MESSAGE_TEXT,
-        detail = PG_EXCEPTION_DETAIL, hint = PG_EXCEPTION_HINT;
-    RETURN concat_ws(E'\n', SQLSTATE, message, nullif(detail, ''), nullif(hint, ''));
-END $$;
 
 -- a checkpoint, and what became of the row: whether its lease is now the one that
 -- was asked for and returned, and whether it is kept for ttl after that
@@ -198,14 +176,6 @@ RESET idempotency.max_response_size;
 SELECT error_of(format('SELECT idempotency_checkpoint(%L, %L, %L, claim_of(1), %L, %L)', 't', 'a', 'k', 'p', to_json(repeat('x', 1048569))));
 SELECT saved_point, length(saved_state #>> '{}') FROM checkpoint('large', to_jsonb(repeat('x', 1048568)));
 -- one that is stored out of line: kept over renewals, replaced, and gone with finish
-CREATE FUNCTION chunks() RETURNS bigint LANGUAGE plpgsql AS $$
-DECLARE
-    result bigint;
-BEGIN
-    EXECUTE (SELECT format('SELECT count(*) FROM %s', reltoastrelid::regclass)
-             FROM pg_class WHERE oid = 'idempotency_key'::regclass) INTO result;
-    RETURN result;
-END $$;
 SELECT string_agg(encode(sha256(i::text::bytea), 'hex'), '') AS hex FROM generate_series(1, 500) i \gset
 SELECT saved_point, saved_state = to_jsonb(:'hex'::text) AS same FROM checkpoint('out of line', to_jsonb(:'hex'::text));
 SELECT chunks() > 10 AS out_of_line;
@@ -226,7 +196,7 @@ SELECT chunks();
 --
 -- The updates of a leased request need no new index entries
 --
-DROP FUNCTION error_of, checkpoint, chunks;
+DROP FUNCTION checkpoint;
 DROP EXTENSION idempotency;
 CREATE EXTENSION idempotency;
 SELECT outcome, count(*) FROM generate_series(1, 5) i, idempotency_begin('t', 'a', 'k' || i, to_jsonb(i), lease => '30 min', claim => claim_of(1))
@@ -245,5 +215,4 @@ SELECT count(*) FROM idempotency_key WHERE key = 'k1' AND state = 'completed';
 SELECT count(*) FROM idempotency_key WHERE expires_at > now();
 RESET enable_seqscan;
 
-DROP FUNCTION claim_of;
 DROP EXTENSION idempotency;

@@ -2,17 +2,11 @@
 -- The id of a leased claim: who brings it, who makes it, and who asks again
 --
 CREATE EXTENSION idempotency;
--- so that a failure cannot become a wait without end
-SET statement_timeout = '2min';
 \set SHOW_CONTEXT never
 -- an answer "in flight" that knows of no lease: the same each time with this
 SET idempotency.retry_after = '90s';
 
--- the id of a claim, by a number
-CREATE FUNCTION claim_of(number int) RETURNS uuid LANGUAGE sql IMMUTABLE AS
-$$ SELECT lpad(number::text, 32, '0')::uuid $$;
-
--- and the number of an id
+-- the number of the id of a claim
 CREATE FUNCTION number_of(claim uuid) RETURNS text LANGUAGE sql IMMUTABLE AS
 $$ SELECT CASE WHEN claim::text LIKE '00000000-%' THEN right(claim::text, 1) WHEN claim IS NOT NULL THEN 'random' END $$;
 
@@ -40,22 +34,6 @@ BEGIN
         WHERE key = 'k' AND lease_expires_at BETWEEN before + lease AND clock_timestamp() + lease);
 END $$;
 
--- errors as text
-CREATE FUNCTION error_of(statement text) RETURNS text
-LANGUAGE plpgsql AS $$
-DECLARE
-    message text;
-    detail text;
-    hint text;
-BEGIN
-    EXECUTE statement;
-    RETURN 'no error';
-EXCEPTION WHEN OTHERS THEN
-    GET STACKED DIAGNOSTICS message = MESSAGE_TEXT,
-        detail = PG_EXCEPTION_DETAIL, hint = PG_EXCEPTION_HINT;
-    RETURN concat_ws(E'\n', SQLSTATE, message, nullif(detail, ''), nullif(hint, ''));
-END $$;
-
 -- what each of the calls that bring an id says to one, all of it undone
 CREATE FUNCTION calls_with(claim uuid, OUT finish text, OUT released text, OUT release text, OUT checkpoint text)
 LANGUAGE plpgsql AS $$
@@ -81,13 +59,6 @@ BEGIN
     EXCEPTION WHEN SQLSTATE 'UNDO1' THEN NULL; WHEN OTHERS THEN checkpoint := SQLSTATE;
     END;
 END $$;
-
--- lets every lease run out
-CREATE PROCEDURE run_out() LANGUAGE sql AS
-$$ UPDATE idempotency_key SET lease_expires_at = clock_timestamp() WHERE lease_expires_at IS NOT NULL $$;
-
-CREATE FUNCTION locks() RETURNS bigint LANGUAGE sql VOLATILE AS
-$$ SELECT count(*) FROM pg_locks WHERE locktype = 'userlock' AND pid = pg_backend_pid() $$;
 
 -- what was counted for the action of this test
 CREATE FUNCTION counts() RETURNS text LANGUAGE sql AS $$
@@ -171,7 +142,6 @@ FROM idempotency_begin('t', 'a', 'k', '{"amount": 1}', lease => '1 h', claim => 
 SELECT ttl, expires_at >= lease_expires_at + interval '2 h' AS kept_for_ttl FROM idempotency_key;
 -- by another session, and as often as it likes
 \c -
-SET statement_timeout = '2min';
 SET idempotency.retry_after = '90s';
 \set SHOW_CONTEXT never
 SELECT count(*) FROM generate_series(1, 3) i, ask(1) WHERE claim = '1' AND attempt = 1 AND outcome = 'started';
@@ -489,6 +459,5 @@ COMMIT;
 SELECT * FROM record;
 
 DROP VIEW record;
-DROP FUNCTION claim_of, number_of, ask, error_of, calls_with, locks, counts;
-DROP PROCEDURE run_out;
+DROP FUNCTION number_of, ask, calls_with, counts;
 DROP EXTENSION idempotency;

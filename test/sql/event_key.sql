@@ -3,22 +3,6 @@
 --
 CREATE EXTENSION idempotency;
 
--- errors as text
-CREATE FUNCTION error_of(statement text) RETURNS text
-LANGUAGE plpgsql AS $$
-DECLARE
-    message text;
-    detail text;
-    hint text;
-BEGIN
-    EXECUTE statement;
-    RETURN 'no error';
-EXCEPTION WHEN OTHERS THEN
-    GET STACKED DIAGNOSTICS message = MESSAGE_TEXT,
-        detail = PG_EXCEPTION_DETAIL, hint = PG_EXCEPTION_HINT;
-    RETURN concat_ws(E'\n', SQLSTATE, message, nullif(detail, ''), nullif(hint, ''));
-END $$;
-
 --
 -- Known answers: uuid5(namespace, "event_type:aggregate_id:sequence") of another
 -- implementation.  Names with a letter in two spellings of Unicode are two names.
@@ -115,5 +99,4 @@ SELECT outcome, response FROM idempotency_begin('t', 'order.paid', idempotency_e
 RESET idempotency.key_format;
 
 DROP TABLE known;
-DROP FUNCTION error_of;
 DROP EXTENSION idempotency;

@@ -3,29 +3,7 @@
 -- that of the latest one has an effect
 --
 CREATE EXTENSION idempotency;
--- so that a failure cannot become a wait without end
-SET statement_timeout = '2min';
 \set SHOW_CONTEXT never
-
--- the id of a claim, by a number
-CREATE FUNCTION claim_of(number int) RETURNS uuid LANGUAGE sql IMMUTABLE AS
-$$ SELECT lpad(number::text, 32, '0')::uuid $$;
-
--- errors as text
-CREATE FUNCTION error_of(statement text) RETURNS text
-LANGUAGE plpgsql AS $$
-DECLARE
-    message text;
-    detail text;
-    hint text;
-BEGIN
-    EXECUTE statement;
-    RETURN 'no error';
-EXCEPTION WHEN OTHERS THEN
-    GET STACKED DIAGNOSTICS message = MESSAGE_TEXT,
-        detail = PG_EXCEPTION_DETAIL, hint = PG_EXCEPTION_HINT;
-    RETURN concat_ws(E'\n', SQLSTATE, message, nullif(detail, ''), nullif(hint, ''));
-END $$;
 
 -- all of a row, and whether it is another version of it
 CREATE FUNCTION image() RETURNS text LANGUAGE sql VOLATILE AS
@@ -229,7 +207,6 @@ SELECT probe(format('idempotency_finish(%L, %L, %L, 200, %L, %L, claim => claim_
                     to_json(:'hex'::text), jsonb_build_object('h', left(:'hex', -1)))) AS other_headers;
 -- by another session, as often as it likes, and in one transaction
 \c -
-SET statement_timeout = '2min';
 SELECT image() AS before \gset
 SELECT idempotency_finish('t', 'a', 'k', 200, response, headers, claim => claim_of(2))
 FROM (SELECT response, headers FROM idempotency_key) r;
@@ -315,6 +292,6 @@ SELECT claim, attempt FROM idempotency_begin('t', 'a', 'k');
 SELECT * FROM probe_all();
 ROLLBACK;
 
-DROP FUNCTION error_of, image, probe, probe_all, claim_of;
+DROP FUNCTION image, probe, probe_all;
 DROP PROCEDURE lease_twice;
 DROP EXTENSION idempotency;

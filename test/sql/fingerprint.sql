@@ -4,7 +4,7 @@
 CREATE EXTENSION idempotency;
 
 --
--- The form, in bytes: what src/fingerprint.c says, computed here without it
+-- The form, in bytes: what src/request/fingerprint.c says, computed here without it
 --
 CREATE FUNCTION n4(n int) RETURNS bytea LANGUAGE sql IMMUTABLE AS
 $$ SELECT int4send(n) $$;

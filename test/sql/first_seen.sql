@@ -2,11 +2,9 @@
 -- Which messages of a batch are new
 --
 CREATE EXTENSION idempotency;
--- so that a failure cannot become a wait without end
-SET statement_timeout = '2min';
 
--- errors as text, the context included
-CREATE FUNCTION error_of(statement text) RETURNS text
+-- errors as text, without a hint, and the element of the batch that they are at
+CREATE FUNCTION error_at(statement text) RETURNS text
 LANGUAGE plpgsql AS $$
 DECLARE
     message text;
@@ -20,13 +18,6 @@ EXCEPTION WHEN OTHERS THEN
         detail = PG_EXCEPTION_DETAIL, context = PG_EXCEPTION_CONTEXT;
     RETURN concat_ws(E'\n', SQLSTATE, message, nullif(detail, ''), substring(context from 'element \d+ of \w+'));
 END $$;
-
-CREATE FUNCTION locks() RETURNS bigint LANGUAGE sql VOLATILE AS
-$$ SELECT count(*) FROM pg_locks WHERE locktype = 'userlock' AND pid = pg_backend_pid() $$;
-
--- ids of claims
-CREATE FUNCTION claim_of(n int) RETURNS uuid LANGUAGE sql IMMUTABLE AS
-$$ SELECT ('00000000-0000-0000-0000-' || lpad(n::text, 12, '0'))::uuid $$;
 
 --
 -- New ones are returned, once each and in the order of the batch
@@ -64,39 +55,39 @@ TRUNCATE idempotency_key;
 --
 -- Bad arguments: nothing is recorded, and the error tells which id it was
 --
-SELECT error_of($$ SELECT idempotency_first_seen('t', 'mailer', NULL) $$);
-SELECT error_of($$ SELECT idempotency_first_seen('t', NULL, '{m1}') $$);
-SELECT error_of($$ SELECT idempotency_first_seen('t', '', '{m1}') $$);
-SELECT error_of($$ SELECT idempotency_first_seen('t', NULL, NULL) $$);
-SELECT error_of($$ SELECT idempotency_first_seen('t', E'mail\ner', '{m1}') $$);
-SELECT error_of($$ SELECT idempotency_first_seen('t', repeat('c', 256), '{m1}') $$);
-SELECT error_of($$ SELECT idempotency_first_seen(E'\t', 'mailer', '{m1}') $$);
-SELECT error_of($$ SELECT idempotency_first_seen(repeat('t', 256), 'mailer', '{m1}') $$);
-SELECT error_of($$ SELECT idempotency_first_seen('t', 'mailer', '{m1,NULL,m2}') $$);
-SELECT error_of($$ SELECT idempotency_first_seen('t', 'mailer', '{m1,m2,""}') $$);
-SELECT error_of($$ SELECT idempotency_first_seen('t', 'mailer', '{"m 1"}') $$);
-SELECT error_of($$ SELECT idempotency_first_seen('t', 'mailer', '{m1,m2,m3,m4,é}') $$);
-SELECT error_of($$ SELECT idempotency_first_seen('t', 'mailer', ARRAY['m1', E'm2\n']) $$);
-SELECT error_of($$ SELECT idempotency_first_seen('t', 'mailer', ARRAY['m1', repeat('x', 256)]) $$);
-SELECT error_of($$ SELECT idempotency_first_seen('t', 'mailer', '{{m1,m2},{m3,NULL}}') $$);
+SELECT error_at($$ SELECT idempotency_first_seen('t', 'mailer', NULL) $$);
+SELECT error_at($$ SELECT idempotency_first_seen('t', NULL, '{m1}') $$);
+SELECT error_at($$ SELECT idempotency_first_seen('t', '', '{m1}') $$);
+SELECT error_at($$ SELECT idempotency_first_seen('t', NULL, NULL) $$);
+SELECT error_at($$ SELECT idempotency_first_seen('t', E'mail\ner', '{m1}') $$);
+SELECT error_at($$ SELECT idempotency_first_seen('t', repeat('c', 256), '{m1}') $$);
+SELECT error_at($$ SELECT idempotency_first_seen(E'\t', 'mailer', '{m1}') $$);
+SELECT error_at($$ SELECT idempotency_first_seen(repeat('t', 256), 'mailer', '{m1}') $$);
+SELECT error_at($$ SELECT idempotency_first_seen('t', 'mailer', '{m1,NULL,m2}') $$);
+SELECT error_at($$ SELECT idempotency_first_seen('t', 'mailer', '{m1,m2,""}') $$);
+SELECT error_at($$ SELECT idempotency_first_seen('t', 'mailer', '{"m 1"}') $$);
+SELECT error_at($$ SELECT idempotency_first_seen('t', 'mailer', '{m1,m2,m3,m4,é}') $$);
+SELECT error_at($$ SELECT idempotency_first_seen('t', 'mailer', ARRAY['m1', E'm2\n']) $$);
+SELECT error_at($$ SELECT idempotency_first_seen('t', 'mailer', ARRAY['m1', repeat('x', 256)]) $$);
+SELECT error_at($$ SELECT idempotency_first_seen('t', 'mailer', '{{m1,m2},{m3,NULL}}') $$);
 -- as the server reports it
 SELECT * FROM idempotency_first_seen('t', 'mailer', '{m1,m2,m3,""}');
 \echo :SQLSTATE
 SELECT count(*) FROM idempotency_key;
 -- the form of a key is that of the setting
 SET idempotency.key_format = 'uuid';
-SELECT error_of($$ SELECT idempotency_first_seen('t', 'mailer', '{88fdc32e-0669-54dd-bebd-d7c024675888,m1}') $$);
+SELECT error_at($$ SELECT idempotency_first_seen('t', 'mailer', '{88fdc32e-0669-54dd-bebd-d7c024675888,m1}') $$);
 SELECT * FROM idempotency_first_seen('t', 'mailer', ARRAY[idempotency_event_key('order.paid', '42', 1)::text]);
 SET idempotency.key_format = 'slug';
-SELECT error_of($$ SELECT idempotency_first_seen('t', 'mailer', '{a_1,a-2,a.3}') $$);
+SELECT error_at($$ SELECT idempotency_first_seen('t', 'mailer', '{a_1,a-2,a.3}') $$);
 RESET idempotency.key_format;
 SET idempotency.key_min_length = 3;
-SELECT error_of($$ SELECT idempotency_first_seen('t', 'mailer', '{m12,m1}') $$);
+SELECT error_at($$ SELECT idempotency_first_seen('t', 'mailer', '{m12,m1}') $$);
 RESET idempotency.key_min_length;
 -- a tenant that the session is pinned to
 SET idempotency.tenant = 'acme';
-SELECT error_of($$ SELECT idempotency_first_seen('t', 'mailer', '{m1}') $$);
-SELECT error_of($$ SELECT idempotency_first_seen(NULL, 'mailer', '{}') $$);
+SELECT error_at($$ SELECT idempotency_first_seen('t', 'mailer', '{m1}') $$);
+SELECT error_at($$ SELECT idempotency_first_seen(NULL, 'mailer', '{}') $$);
 SELECT * FROM idempotency_first_seen('acme', 'mailer', '{m1}');
 RESET idempotency.tenant;
 BEGIN READ ONLY;
@@ -121,7 +112,7 @@ SELECT kept_for(NULL), kept_for('5 min'), kept_for('72 h');
 SET idempotency.ttl = '2h';
 SELECT kept_for(NULL), kept_for('1 h');
 RESET idempotency.ttl;
-SELECT ttl, error_of(format('SELECT idempotency_first_seen(%L, %L, %L, %L)', 't', 'mailer', '{m1}', ttl))
+SELECT ttl, error_at(format('SELECT idempotency_first_seen(%L, %L, %L, %L)', 't', 'mailer', '{m1}', ttl))
 FROM unnest('{299 s,72 h 1 us,0,-1 h,170000000 years}'::text[]) ttl;
 DROP FUNCTION kept_for;
 -- after that it is new again, as often as it takes
@@ -223,7 +214,7 @@ FROM idempotency_begin('t', 'mailer', 'm3', '{"to": "a@example.com"}');
 SELECT outcome, status_code FROM idempotency_begin('t', 'mailer', 'm3', lease => '1 h');
 SELECT outcome, status_code FROM idempotency_try_begin('t', 'mailer', 'm4');
 SELECT outcome, status_code FROM idempotency_replay('t', 'mailer', 'm4');
-SELECT error_of($$ SELECT idempotency_finish('t', 'mailer', 'm3', claim => claim_of(1)) $$);
+SELECT error_at($$ SELECT idempotency_finish('t', 'mailer', 'm3', claim => claim_of(1)) $$);
 SELECT outcome, status_code FROM idempotency_store('t', 'mailer', 'm4', NULL, 404);
 -- forgotten, it is new again
 SELECT idempotency_forget('t', 'mailer', 'm4'), idempotency_forget('t', 'mailer', 'm4');
@@ -232,7 +223,7 @@ SELECT * FROM idempotency_first_seen('t', 'mailer', '{m3,m4}');
 BEGIN;
 SELECT outcome FROM idempotency_begin('t', 'mailer', 'm5');
 SELECT * FROM idempotency_first_seen('t', 'mailer', '{m5}');
-SELECT error_of($$ SELECT idempotency_finish('t', 'mailer', 'm5') $$);
+SELECT error_at($$ SELECT idempotency_finish('t', 'mailer', 'm5') $$);
 ROLLBACK;
 -- the same where the claim took over a lease that ran out
 SELECT outcome FROM idempotency_begin('t', 'mailer', 'm5', lease => '1 ms');
@@ -240,7 +231,7 @@ SELECT pg_sleep(0.01);
 BEGIN;
 SELECT outcome, attempt FROM idempotency_begin('t', 'mailer', 'm5');
 SELECT * FROM idempotency_first_seen('t', 'mailer', '{m5}');
-SELECT left(error_of($$ SELECT idempotency_finish('t', 'mailer', 'm5') $$), 5);
+SELECT left(error_at($$ SELECT idempotency_finish('t', 'mailer', 'm5') $$), 5);
 ROLLBACK;
 TRUNCATE idempotency_key;
 
@@ -259,10 +250,10 @@ SELECT * FROM idempotency_first_seen('t', 'mailer', '{stalled,released,held,new,
 SELECT key, state, status_code, right(claim::text, 1) AS claim, attempt, request_hash, recovery_point, recovery_state, lease_expires_at > now() AS lease
 FROM idempotency_key ORDER BY key;
 -- the old claim is fenced off
-SELECT error_of($$ SELECT idempotency_finish('t', 'mailer', 'stalled', claim => claim_of(2)) $$);
-SELECT error_of($$ SELECT idempotency_checkpoint('t', 'mailer', 'stalled', claim_of(2), 'zombie') $$);
-SELECT error_of($$ SELECT idempotency_release('t', 'mailer', 'released', claim => claim_of(3)) $$);
-SELECT error_of($$ SELECT idempotency_finish('t', 'mailer', 'expired', claim => claim_of(4)) $$);
+SELECT error_at($$ SELECT idempotency_finish('t', 'mailer', 'stalled', claim => claim_of(2)) $$);
+SELECT error_at($$ SELECT idempotency_checkpoint('t', 'mailer', 'stalled', claim_of(2), 'zombie') $$);
+SELECT error_at($$ SELECT idempotency_release('t', 'mailer', 'released', claim => claim_of(3)) $$);
+SELECT error_at($$ SELECT idempotency_finish('t', 'mailer', 'expired', claim => claim_of(4)) $$);
 SELECT idempotency_finish('t', 'mailer', 'held', claim => claim_of(1));
 SELECT count(*) FROM idempotency_in_flight;
 SELECT count(*) FROM idempotency_stalled;
@@ -302,5 +293,5 @@ SELECT count(*) FROM idempotency_first_seen('t', 'cancelled', ARRAY(SELECT 'm' |
 ROLLBACK;
 SELECT count(*) FROM idempotency_key WHERE action = 'cancelled';
 
-DROP FUNCTION error_of, locks, claim_of;
+DROP FUNCTION error_at;
 DROP EXTENSION idempotency;

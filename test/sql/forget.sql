@@ -2,39 +2,8 @@
 -- forget: delete the record of one request, or of one message
 --
 CREATE EXTENSION idempotency;
--- so that a failure cannot become a wait without end
-SET statement_timeout = '2min';
 \set SHOW_CONTEXT never
 SET idempotency.retry_after = '90s';
-
--- the id of a claim, by a number
-CREATE FUNCTION claim_of(number int) RETURNS uuid LANGUAGE sql IMMUTABLE AS
-$$ SELECT lpad(number::text, 32, '0')::uuid $$;
-
--- errors as text, without the times and processes that differ from run to run
-CREATE FUNCTION error_of(statement text) RETURNS text
-LANGUAGE plpgsql AS $$
-DECLARE
-    message text;
-    detail text;
-    hint text;
-BEGIN
-    EXECUTE statement;
-    RETURN 'no error';
-EXCEPTION WHEN OTHERS THEN
-    GET STACKED DIAGNOSTICS message = MESSAGE_TEXT,
-        detail = PG_EXCEPTION_DETAIL, hint = PG_EXCEPTION_HINT;
-    RETURN concat_ws(E'\n', SQLSTATE, message,
-                     nullif(regexp_replace(detail, '\d+\.\d{3} s', 'N s'), ''),
-                     nullif(regexp_replace(hint, '\d+ s', 'N s'), ''));
-END $$;
-
--- lets every lease run out
-CREATE PROCEDURE run_out() LANGUAGE sql AS
-$$ UPDATE idempotency_key SET lease_expires_at = clock_timestamp() WHERE lease_expires_at IS NOT NULL $$;
-
-CREATE FUNCTION locks() RETURNS bigint LANGUAGE sql VOLATILE AS
-$$ SELECT count(*) FROM pg_locks WHERE locktype = 'userlock' AND pid = pg_backend_pid() $$;
 
 --
 -- An answer
@@ -214,6 +183,4 @@ BEGIN READ ONLY;
 SELECT error_of($$ SELECT idempotency_forget('t', 'a', 'k') $$);
 COMMIT;
 
-DROP FUNCTION claim_of, error_of, locks;
-DROP PROCEDURE run_out;
 DROP EXTENSION idempotency;

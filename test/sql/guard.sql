@@ -2,8 +2,6 @@
 -- Commit guard: no commit with a claim that was not finished
 --
 CREATE EXTENSION idempotency;
--- so that a failure cannot become a wait without end
-SET statement_timeout = '2min';
 \set SHOW_CONTEXT never
 
 CREATE TABLE payment (amount int);

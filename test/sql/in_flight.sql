@@ -2,8 +2,6 @@
 -- Claims in flight, as everybody may know them
 --
 CREATE EXTENSION idempotency;
--- so that a failure cannot become a wait without end
-SET statement_timeout = '2min';
 SET idempotency.retry_after = '90s';
 
 -- the view, without what differs from run to run

@@ -2,8 +2,6 @@
 -- One session at every isolation level
 --
 CREATE EXTENSION idempotency;
--- so that a failure cannot become a wait without end
-SET statement_timeout = '2min';
 
 CREATE TABLE work (level text);
 CREATE VIEW sireadlock AS

@@ -2,44 +2,15 @@
 -- store: keep an answer that is known already
 --
 CREATE EXTENSION idempotency;
--- so that a failure cannot become a wait without end
-SET statement_timeout = '2min';
 \set SHOW_CONTEXT never
 -- an answer "in flight" that knows of no lease: the same each time with this
 SET idempotency.retry_after = '90s';
-
--- the id of a claim, by a number
-CREATE FUNCTION claim_of(number int) RETURNS uuid LANGUAGE sql IMMUTABLE AS
-$$ SELECT lpad(number::text, 32, '0')::uuid $$;
 
 -- a record, without what differs from run to run
 CREATE VIEW record AS
     SELECT tenant, action, key, actor, state, status_code, response, headers, body, attempt,
            request_hash IS NOT NULL AS hashed, expires_at - finished_at AS kept_for
     FROM idempotency_key;
-
--- errors as text
-CREATE FUNCTION error_of(statement text) RETURNS text
-LANGUAGE plpgsql AS $$
-DECLARE
-    message text;
-    detail text;
-    hint text;
-BEGIN
-    EXECUTE statement;
-    RETURN 'no error';
-EXCEPTION WHEN OTHERS THEN
-    GET STACKED DIAGNOSTICS message = MESSAGE_TEXT,
-        detail = PG_EXCEPTION_DETAIL, hint = PG_EXCEPTION_HINT;
-    RETURN concat_ws(E'\n', SQLSTATE, message, nullif(detail, ''), nullif(hint, ''));
-END $$;
-
--- lets every lease run out
-CREATE PROCEDURE run_out() LANGUAGE sql AS
-$$ UPDATE idempotency_key SET lease_expires_at = clock_timestamp() WHERE lease_expires_at IS NOT NULL $$;
-
-CREATE FUNCTION locks() RETURNS bigint LANGUAGE sql VOLATILE AS
-$$ SELECT count(*) FROM pg_locks WHERE locktype = 'userlock' AND pid = pg_backend_pid() $$;
 
 --
 -- What it is for: a transaction failed and was rolled back, and the next one keeps
@@ -317,6 +288,5 @@ SELECT (SELECT sum(n) FROM unnest(lookup_time_histogram) AS n) < 100 AS sleeps
 FROM idempotency_stats WHERE action = 'keep.wait';
 
 DROP VIEW record;
-DROP FUNCTION claim_of, error_of, locks, kept_for;
-DROP PROCEDURE run_out;
+DROP FUNCTION kept_for;
 DROP EXTENSION idempotency;

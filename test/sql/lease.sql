@@ -2,15 +2,9 @@
 -- Leased claims: begin with a lease, repeats, takeover
 --
 CREATE EXTENSION idempotency;
--- so that a failure cannot become a wait without end
-SET statement_timeout = '2min';
 \set SHOW_CONTEXT never
 -- an answer "in flight" that knows of no lease: the same each time with this
 SET idempotency.retry_after = '90s';
-
--- the id of a claim, by a number
-CREATE FUNCTION claim_of(number int) RETURNS uuid LANGUAGE sql IMMUTABLE AS
-$$ SELECT lpad(number::text, 32, '0')::uuid $$;
 
 -- a record, without what differs from run to run
 CREATE VIEW record AS
@@ -26,31 +20,6 @@ CREATE VIEW record AS
 -- whether a retry_after is the rest of a lease
 CREATE FUNCTION is_rest_of(retry_after int, lease interval) RETURNS boolean LANGUAGE sql AS
 $$ SELECT retry_after <= extract(epoch FROM lease) AND retry_after > extract(epoch FROM lease) - 120 $$;
-
--- errors as text, without the rest of a lease
-CREATE FUNCTION error_of(statement text) RETURNS text
-LANGUAGE plpgsql AS $$
-DECLARE
-    message text;
-    detail text;
-    hint text;
-BEGIN
-    EXECUTE statement;
-    RETURN 'no error';
-EXCEPTION WHEN OTHERS THEN
-    GET STACKED DIAGNOSTICS message = MESSAGE_TEXT,
-        detail = PG_EXCEPTION_DETAIL, hint = PG_EXCEPTION_HINT;
-    RETURN concat_ws(E'\n', SQLSTATE, message,
-                     nullif(regexp_replace(detail, '\d+\.\d{3} s', 'N s'), ''),
-                     nullif(regexp_replace(hint, '\d+ s', 'N s'), ''));
-END $$;
-
--- lets every lease run out
-CREATE PROCEDURE run_out() LANGUAGE sql AS
-$$ UPDATE idempotency_key SET lease_expires_at = clock_timestamp() WHERE lease_expires_at IS NOT NULL $$;
-
-CREATE FUNCTION locks() RETURNS bigint LANGUAGE sql VOLATILE AS
-$$ SELECT count(*) FROM pg_locks WHERE locktype = 'userlock' AND pid = pg_backend_pid() $$;
 
 --
 -- In the transaction that begins it
@@ -143,7 +112,6 @@ SELECT outcome FROM idempotency_try_begin('acme', 'pay', 'k1', '{"amount": 2}', 
 SELECT tenant, actor FROM idempotency_in_flight ORDER BY tenant, actor;
 SELECT * FROM record WHERE response IS NOT NULL;
 TRUNCATE idempotency_key;
-SET statement_timeout = '2min';
 SET idempotency.retry_after = '90s';
 \set SHOW_CONTEXT never
 
@@ -649,7 +617,6 @@ BEGIN ISOLATION LEVEL REPEATABLE READ;
 SELECT outcome, response FROM idempotency_begin('t', 'a', 'k', lease => '1 h');
 COMMIT;
 
-DROP FUNCTION claim_of, is_rest_of, error_of, locks, bounds;
-DROP PROCEDURE run_out;
+DROP FUNCTION is_rest_of, bounds;
 DROP VIEW record;
 DROP EXTENSION idempotency;

@@ -13,10 +13,6 @@ CREATE FUNCTION counts(name text) RETURNS text LANGUAGE sql AS $$
     WHERE s.action = counts.name AND o.name = c.key AND value <> '0'
 $$;
 
--- ids of claims
-CREATE FUNCTION claim_of(n int) RETURNS uuid LANGUAGE sql IMMUTABLE AS
-$$ SELECT ('00000000-0000-0000-0000-' || lpad(n::text, 12, '0'))::uuid $$;
-
 -- nothing was counted yet
 SELECT counts('metrics.claim');
 
@@ -330,5 +326,5 @@ SELECT idempotency_percentile('{1}', 'NaN');
 DROP OWNED BY regress_sweeper;
 DROP SCHEMA regress_hostile CASCADE;
 DROP ROLE regress_sweeper;
-DROP FUNCTION counts, work, fail, flushed_all, claim_of;
+DROP FUNCTION counts, work, fail, flushed_all;
 DROP EXTENSION idempotency;

@@ -3,9 +3,6 @@
 --
 CREATE EXTENSION idempotency;
 
-CREATE FUNCTION locks() RETURNS bigint LANGUAGE sql VOLATILE AS
-$$ SELECT count(*) FROM pg_locks WHERE locktype = 'userlock' AND pid = pg_backend_pid() $$;
-
 -- the SQLSTATE of a statement that fails, which is undone alone
 CREATE FUNCTION sqlstate_of(statement text) RETURNS text LANGUAGE plpgsql AS $$
 BEGIN
@@ -131,5 +128,5 @@ SELECT idempotency_release('t', 'a', 'k', claim => :'claim');
 SELECT idempotency_release('t', 'a', 'k');
 \echo :SQLSTATE
 
-DROP FUNCTION locks, sqlstate_of;
+DROP FUNCTION sqlstate_of;
 DROP EXTENSION idempotency;

@@ -2,15 +2,9 @@
 -- replay: what became of a request, for who only wants to know
 --
 CREATE EXTENSION idempotency;
--- so that a failure cannot become a wait without end
-SET statement_timeout = '2min';
 \set SHOW_CONTEXT never
 -- what is told when no lease is known: the same each time with this
 SET idempotency.retry_after = '90s';
-
--- the id of a claim, by a number
-CREATE FUNCTION claim_of(number int) RETURNS uuid LANGUAGE sql IMMUTABLE AS
-$$ SELECT lpad(number::text, 32, '0')::uuid $$;
 
 -- all that a look must leave as it is
 CREATE FUNCTION image() RETURNS text LANGUAGE sql VOLATILE AS $$
@@ -50,10 +44,6 @@ BEGIN
         RETURN NEXT;
     END LOOP;
 END $$;
-
--- lets every lease run out
-CREATE PROCEDURE run_out() LANGUAGE sql AS
-$$ UPDATE idempotency_key SET lease_expires_at = clock_timestamp() WHERE lease_expires_at IS NOT NULL $$;
 
 -- nothing is known
 SELECT * FROM look();
@@ -283,6 +273,5 @@ RESET parallel_tuple_cost;
 RESET max_parallel_workers_per_gather;
 
 DROP TABLE request;
-DROP FUNCTION claim_of, image, look, counts, replay_wrongly, begin_wrongly;
-DROP PROCEDURE run_out;
+DROP FUNCTION image, look, counts, replay_wrongly, begin_wrongly;
 DROP EXTENSION idempotency;

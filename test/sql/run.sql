@@ -2,28 +2,7 @@
 -- The whole exchange in one call
 --
 CREATE EXTENSION idempotency;
--- so that a failure cannot become a wait without end
-SET statement_timeout = '2min';
 \set SHOW_CONTEXT never
-
--- errors as text
-CREATE FUNCTION error_of(statement text) RETURNS text
-LANGUAGE plpgsql AS $$
-DECLARE
-    message text;
-    detail text;
-    hint text;
-BEGIN
-    EXECUTE statement;
-    RETURN 'no error';
-EXCEPTION WHEN OTHERS THEN
-    GET STACKED DIAGNOSTICS message = MESSAGE_TEXT,
-        detail = PG_EXCEPTION_DETAIL, hint = PG_EXCEPTION_HINT;
-    RETURN concat_ws(E'\n', SQLSTATE, message, nullif(detail, ''), nullif(hint, ''));
-END $$;
-
-CREATE FUNCTION locks() RETURNS bigint LANGUAGE sql VOLATILE AS
-$$ SELECT count(*) FROM pg_locks WHERE locktype = 'userlock' AND pid = pg_backend_pid() $$;
 
 -- what handlers have done
 CREATE TABLE payment (n int GENERATED ALWAYS AS IDENTITY, request jsonb);
@@ -473,7 +452,7 @@ END $$;
 SELECT error_of($$ SELECT idempotency_run('t', 'a', 'k3', '{"amount": 1}', 'drop_it(jsonb)') $$);
 SELECT key, state FROM idempotency_key;
 
-DROP FUNCTION error_of, locks, pay, recreate, drop_it;
+DROP FUNCTION pay, recreate, drop_it;
 DROP TABLE payment;
 DROP EXTENSION idempotency;
 DROP ROLE regress_idempotency_app;

@@ -70,7 +70,6 @@ SELECT outcome, claim, attempt
 FROM idempotency_begin('acme', 'pay', 'leased', lease => '1h', claim => '00000000-0000-0000-0000-000000000001');
 SELECT outcome, claim, retry_after > 3500 AS later FROM idempotency_try_begin('acme', 'pay', 'leased');
 SELECT outcome, status_code, response FROM idempotency_run('acme', 'pay', 'run', '{"amount": 1}', 'to_jsonb(anyelement)');
-CREATE FUNCTION echo(request jsonb) RETURNS jsonb LANGUAGE sql AS 'SELECT request';
 SELECT outcome, status_code, response FROM idempotency_run('acme', 'pay', 'run', '{"amount": 1}', 'echo(jsonb)');
 SELECT outcome, status_code, response FROM idempotency_run('acme', 'pay', 'run', '{"amount": 1}', 'echo(jsonb)');
 SELECT outcome, status_code, response FROM idempotency_try_run('acme', 'pay', 'run', '{"amount": 2}', 'echo(jsonb)');
@@ -267,9 +266,11 @@ SELECT * FROM answer;
 
 DROP VIEW answer;
 DROP TABLE ask, large;
-DROP FUNCTION scans, echo, pay, outcome_of;
+DROP FUNCTION scans, pay, outcome_of;
 DROP EXTENSION idempotency;
+\set VERBOSITY sqlstate
 EXECUTE answer;
+\set VERBOSITY default
 CREATE EXTENSION idempotency;
 EXECUTE answer;
 DROP EXTENSION idempotency;

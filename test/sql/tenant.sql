@@ -16,8 +16,6 @@ SELECT outcome FROM idempotency_begin(NULL, 'a', 'k');
 SELECT idempotency_finish(NULL, 'a', 'k', 200, '"of no tenant"');
 SELECT outcome FROM idempotency_begin('other', 'a', 'leased', lease => '1 h', claim => '00000000-0000-0000-0000-000000000001');
 COMMIT;
--- a handler that anybody may use
-CREATE FUNCTION echo(request jsonb) RETURNS jsonb LANGUAGE sql AS 'SELECT request';
 
 SELECT current_user AS administrator \gset
 \c - regress_idempotency_pinned
@@ -126,6 +124,5 @@ RESET idempotency.tenant;
 -- nothing of another tenant was changed
 SELECT tenant, key, state, attempt, recovery_point FROM idempotency_key WHERE tenant <> 'acme' ORDER BY tenant, key;
 
-DROP FUNCTION echo;
 DROP EXTENSION idempotency;
 DROP ROLE regress_idempotency_pinned;

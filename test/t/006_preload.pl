@@ -75,15 +75,6 @@ sub meet_claim
 	return;
 }
 
-sub restart_with
-{
-	my ($conf) = @_;
-
-	$node->append_conf('postgresql.conf', $conf);
-	$node->restart;
-	return;
-}
-
 # Without preload: the library comes with the first call, or with LOAD, or
 # with session_preload_libraries
 meet_claim('not preloaded', 'plain', 0);
@@ -104,7 +95,7 @@ is( $node->safe_psql('postgres', "CALL idempotency_sweep(); $worker"),
 	'not preloaded: no sweep is noted');
 
 # What only a preloaded library can use may be in the configuration file
-restart_with('idempotency.max_tracked_claims = 100');
+restart_with($node, 'idempotency.max_tracked_claims = 100');
 my ($status, $shown, $complaints) = $node->psql('postgres',
 	"LOAD 'idempotency'; SHOW idempotency.max_tracked_claims");
 is($shown, '100', 'LOAD: the size of the table can be set');
@@ -112,13 +103,14 @@ is($complaints, '', 'LOAD: without complaint');
 is($node->safe_psql('postgres', "LOAD 'idempotency'; $tracking"),
 	'||', 'LOAD: but there is no table');
 
-restart_with("session_preload_libraries = 'idempotency'");
+restart_with($node, "session_preload_libraries = 'idempotency'");
 meet_claim('session_preload_libraries', 'session', 0);
 is($node->safe_psql('postgres', $tracking),
 	'||', 'session_preload_libraries: nothing is tracked');
 
 # With preload, and with both
 restart_with(
+	$node,
 	"shared_preload_libraries = 'idempotency'\n"
 	  . "idempotency.max_tracked_claims = $capacity");
 meet_claim('preloaded', 'preloaded', 1);

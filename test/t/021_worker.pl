@@ -123,15 +123,6 @@ sub has_status
 		$test);
 }
 
-sub set_conf
-{
-	my ($name, $value) = @_;
-
-	$node->append_conf('postgresql.conf', "$name = $value");
-	$node->reload;
-	return;
-}
-
 # Whether new expired records stay at last, for much longer than the interval.
 # While a pass is under way that began before, they need not.
 sub comes_to_rest
@@ -267,7 +258,7 @@ on('postgres', "DROP DATABASE $_") foreach 'prepared', 'undone';
 # also while the launcher waits for a worker, or when the last one failed
 on('two', $fail_sql . fill_sql(1));
 $node->wait_for_log(qr/ERROR:  table "idempotency_key" must not have triggers/);
-set_conf('idempotency.sweep_interval', "'1h'");
+set_conf($node, 'idempotency.sweep_interval', "'1h'");
 ok(comes_to_rest('postgres'), 'a longer interval takes effect by reload');
 on('plain', 'BEGIN; CREATE EXTENSION idempotency; ' . fill_sql(100) . ' COMMIT');
 is_swept('plain', 'CREATE EXTENSION makes a database known');
@@ -287,7 +278,7 @@ on('two', 'DROP EXTENSION idempotency');
 on('two', 'BEGIN; CREATE EXTENSION idempotency; ' . fill_sql(100) . ' COMMIT');
 is_swept('two', 'and where the one before could not be swept');
 on('late', 'DROP EXTENSION idempotency');
-set_conf('idempotency.sweep_batch_size', 1);
+set_conf($node, 'idempotency.sweep_batch_size', 1);
 on('postgres', 'CREATE DATABASE busy TEMPLATE large');
 # which has the launcher find the new database
 on('late', 'CREATE EXTENSION idempotency');
@@ -298,12 +289,12 @@ is(on('postgres', 'SELECT state FROM idempotency_worker_status()'),
 on('never', 'BEGIN; CREATE EXTENSION idempotency; ' . fill_sql(100) . ' COMMIT');
 is_swept('never', 'also in the middle of a sweep of another one');
 on('postgres', 'DROP DATABASE busy');
-set_conf('idempotency.sweep_batch_size', 1000);
-set_conf('idempotency.sweep_interval', "'100ms'");
+set_conf($node, 'idempotency.sweep_batch_size', 1000);
+set_conf($node, 'idempotency.sweep_interval', "'100ms'");
 is_swept('postgres', 'a shorter interval takes effect by reload');
 
 # Off and on
-set_conf('idempotency.worker', 'off');
+set_conf($node, 'idempotency.worker', 'off');
 ok(comes_to_rest('postgres'), 'nothing is swept when worker is off');
 has_status('postgres', q{state = 'off'}, 'and the status says so');
 
@@ -322,7 +313,7 @@ for (1 .. 10 * $PostgreSQL::Test::Utils::timeout_default)
 }
 is(on('again', $known), 'f', 'and not after it was dropped');
 on('postgres', 'DROP DATABASE again');
-set_conf('idempotency.worker', 'on');
+set_conf($node, 'idempotency.worker', 'on');
 is_swept('postgres', 'and again when it is on');
 
 # What needs a database for itself gets it in the middle of a sweep
@@ -330,7 +321,7 @@ on('postgres', "CREATE TABLESPACE elsewhere LOCATION ''");
 my $unfinished = 0;
 foreach my $batch_size (1, 10)
 {
-	set_conf('idempotency.sweep_batch_size', $batch_size);
+	set_conf($node, 'idempotency.sweep_batch_size', $batch_size);
 	foreach my $command (
 		'DROP DATABASE busy',
 		'CREATE DATABASE other TEMPLATE busy',
@@ -389,7 +380,7 @@ like(
 	qr/ERROR:  0A000: extension "idempotency" does not support SET SCHEMA\n/,
 	'its schema cannot be changed');
 on('postgres', 'DROP DATABASE busy');
-set_conf('idempotency.sweep_batch_size', 1000);
+set_conf($node, 'idempotency.sweep_batch_size', 1000);
 
 # A database that cannot be swept does not keep the others from it.  Workers
 # come later and later; the least time between them is known, so a slow machine
@@ -437,7 +428,7 @@ has_status('two', 'failures = 0 AND last_error_at < last_sweep_at',
 	'the error is still known');
 
 # Processes end
-set_conf('idempotency.sweep_batch_size', 1);
+set_conf($node, 'idempotency.sweep_batch_size', 1);
 foreach my $signal ('TERM', 'KILL')
 {
 	foreach my $type ('idempotency worker', 'idempotency launcher')
@@ -506,19 +497,19 @@ SKIP:
 {
 	skip 'there is no transaction_timeout', 2 if $node->pg_version < 17;
 
-	set_conf('idempotency.sweep_batch_size', $large);
-	set_conf('idempotency.worker', 'off');
+	set_conf($node, 'idempotency.sweep_batch_size', $large);
+	set_conf($node, 'idempotency.worker', 'off');
 	ok(comes_to_rest('postgres'), 'worker is off');
 	on('postgres', 'CREATE DATABASE busy TEMPLATE large');
 	on('postgres', 'ALTER DATABASE busy SET transaction_timeout = 1');
-	set_conf('idempotency.worker', 'on');
+	set_conf($node, 'idempotency.worker', 'on');
 	ok( $node->poll_query_until(
 			'postgres',
 			"SELECT tup_deleted >= $large FROM pg_stat_database WHERE datname = 'busy'"
 		),
 		'a batch may take longer than transaction_timeout');
 	on('postgres', 'DROP DATABASE busy');
-	set_conf('idempotency.sweep_batch_size', 1);
+	set_conf($node, 'idempotency.sweep_batch_size', 1);
 }
 
 # A stop in the middle of a sweep is a clean one
@@ -553,7 +544,7 @@ $node->restart;
 is_swept('postgres', 'with a slot it is');
 
 # A standby sweeps nothing until it is promoted
-set_conf('idempotency.worker', 'off');
+set_conf($node, 'idempotency.worker', 'off');
 ok(comes_to_rest('postgres'), 'worker is off');
 $node->backup('base');
 my $standby = PostgreSQL::Test::Cluster->new('standby');

@@ -92,15 +92,6 @@ sub create_database
 	return;
 }
 
-sub restart_with
-{
-	my ($conf) = @_;
-
-	$node->append_conf('postgresql.conf', $conf);
-	$node->restart;
-	return;
-}
-
 # A restart keeps all, whether it was flushed or not
 create_database('shop');
 work('shop', 'flushed', 3);
@@ -411,7 +402,7 @@ is(on('storm', 'SELECT sum(held) FROM idempotency_stats'),
 
 # A smaller table, in which the second database finds no room
 my $sum = started_in('storm', 'idempotency_stats');
-restart_with('idempotency.max_actions = 3');
+restart_with($node, 'idempotency.max_actions = 3');
 is(started_in('storm', 'idempotency_stats'),
 	$sum, 'a smaller table: the sum is the same');
 flush('storm');
@@ -437,7 +428,7 @@ flush('other');
 flushed_is_counted('other', 'overflow: flushed');
 
 # No table at all
-restart_with('idempotency.max_actions = 0');
+restart_with($node, 'idempotency.max_actions = 0');
 is(on('other', $rows), '', 'max_actions = 0: nothing is counted');
 is(on('other', 'SELECT num_nulls(capacity, used, lost) FROM idempotency_metrics_room()'),
 	'3', 'max_actions = 0: there is no room');
@@ -449,13 +440,13 @@ is(count_swept($node, 'other'),
 is(on('other', $flushed), $kept, 'max_actions = 0: what was flushed is kept');
 
 # Nor without preload
-restart_with("shared_preload_libraries = ''");
+restart_with($node, "shared_preload_libraries = ''");
 is(on('other', $rows), '', 'not preloaded: nothing is counted');
 work('other', 'one', 5);
 on('other', "UPDATE idempotency_key SET expires_at = now() WHERE action = 'two'");
 is(count_swept($node, 'other'), 3, 'not preloaded: sweeps work');
 is(on('other', $flushed), $kept, 'not preloaded: what was flushed is kept');
-restart_with("shared_preload_libraries = 'idempotency'\n"
+restart_with($node, "shared_preload_libraries = 'idempotency'\n"
 	  . 'idempotency.max_actions = 256');
 is(on('other', $counted), $before, 'preloaded again: counting goes on');
 

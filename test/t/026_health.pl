@@ -33,15 +33,6 @@ sub on
 	return $node->safe_psql($dbname, $sql);
 }
 
-sub set_conf
-{
-	my ($name, $value) = @_;
-
-	$node->append_conf('postgresql.conf', "$name = $value");
-	$node->reload;
-	return;
-}
-
 sub health
 {
 	my ($column, $server) = @_;
@@ -166,7 +157,7 @@ on('postgres',
 	q{SELECT idempotency_begin('t', 'charge', 'f' || k, lease => '1 hour') FROM generate_series(1, 7) AS k}
 );
 ok($node->poll_query_until('postgres', $flushed), 'metrics are flushed');
-set_conf('idempotency.sweep_interval', "'1h'");
+set_conf($node, 'idempotency.sweep_interval', "'1h'");
 on('postgres',
 	q{SELECT idempotency_begin('t', 'charge', 'g' || k, lease => '1 hour') FROM generate_series(1, 7) AS k}
 );
@@ -179,11 +170,11 @@ warns('sweep is behind: records that expired 02:0\d:\d\d ago are still there',
 	'records that expired two hours ago');
 like(health('oldest_expired_at < now() - interval \'2 hours\''),
 	qr/^t$/, 'the oldest is shown');
-set_conf('idempotency.sweep_interval', "'100ms'");
+set_conf($node, 'idempotency.sweep_interval', "'100ms'");
 is_healthy('when they are swept all is well');
 
 # Off
-set_conf('idempotency.worker', 'off');
+set_conf($node, 'idempotency.worker', 'off');
 ok($node->poll_query_until('postgres', "SELECT worker = 'off' FROM idempotency_health"),
 	'off is shown');
 is(health('warnings'), '{}', 'which is no reason to warn after a sweep');
@@ -195,7 +186,7 @@ warns('background worker is off, and nobody else has swept',
 	'the worker is off');
 on('postgres', 'CALL idempotency_sweep()');
 is(health('warnings'), '{}', 'until somebody else sweeps');
-set_conf('idempotency.worker', 'on');
+set_conf($node, 'idempotency.worker', 'on');
 is_healthy('and when it is on');
 
 # A sweep that fails

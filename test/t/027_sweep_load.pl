@@ -48,15 +48,6 @@ sub query
 	return $node->safe_psql('postgres', $sql);
 }
 
-sub set_conf
-{
-	my ($name, $value) = @_;
-
-	$node->append_conf('postgresql.conf', "$name = $value");
-	$node->reload;
-	return;
-}
-
 # Each client has an action of its own, so that none of its requests is in flight
 # by another one's doing, and there is one more that nobody asks for again.
 my $clients = 8;
@@ -103,7 +94,7 @@ my @pgbench = (
 	'-h', $node->host, '-p', $node->port, 'postgres');
 my ($failed, $complaints, $rounds) = (0, '', 0);
 
-set_conf('idempotency.worker', 'on');
+set_conf($node, 'idempotency.worker', 'on');
 do
 {
 	my ($stdout, $stderr) = run_command(\@pgbench);
@@ -113,7 +104,7 @@ do
 	$rounds++;
 } while (query($expired) > 0
 	&& $rounds < $PostgreSQL::Test::Utils::timeout_default);
-set_conf('idempotency.worker', 'off');
+set_conf($node, 'idempotency.worker', 'off');
 $node->poll_query_until('postgres',
 	"SELECT count(*) = 0 FROM pg_stat_activity WHERE backend_type = 'idempotency worker'"
 ) or die 'workers go on';
@@ -216,7 +207,7 @@ is( join(
 	'nobody but finish waits for a lock, and no worker does');
 
 # Autovacuum sees what is to be done
-set_conf('autovacuum', 'on');
+set_conf($node, 'autovacuum', 'on');
 ok( $node->poll_query_until(
 		'postgres', q{
 		SELECT autovacuum_count > 0 AND n_dead_tup = 0

@@ -30,15 +30,6 @@ sub on
 	return $node->safe_psql('postgres', $sql);
 }
 
-sub set_conf
-{
-	my ($name, $value) = @_;
-
-	$node->append_conf('postgresql.conf', "$name = $value");
-	$node->reload;
-	return;
-}
-
 sub count_requests
 {
 	my ($count) = @_;
@@ -161,26 +152,26 @@ unlike(substr(slurp_file($node->logfile), $offset),
 	qr/ERROR/, 'nobody has waited or failed');
 
 # The extension goes and comes again: what was not flushed is flushed then
-set_conf('idempotency.metrics_interval', "'1h'");
+set_conf($node, 'idempotency.metrics_interval', "'1h'");
 let_work();
 count_requests(7);
 is(count_flushed(), $total, 'nothing is flushed for an hour');
 on('DROP EXTENSION idempotency CASCADE');
 on('CREATE EXTENSION idempotency');
-set_conf('idempotency.metrics_interval', "'1s'");
+set_conf($node, 'idempotency.metrics_interval', "'1s'");
 flushes(7, 'the next extension gets what the last one did not');
 $total = 7;
 
 # A flush that fails time and again puts off no sweep: otherwise each failure would
 # have the next one come twice as late.
-set_conf('idempotency.sweep_interval', "'1s'");
+set_conf($node, 'idempotency.sweep_interval', "'1s'");
 $offset = -s $node->logfile;
 set_trigger(q{RAISE 'no flush'});
 count_requests(10);
 ok(logs(qr/ERROR:  no flush/, 8, $offset), 'a flush fails again and again');
 let_work();
 drop_trigger();
-set_conf('idempotency.sweep_interval', "'100ms'");
+set_conf($node, 'idempotency.sweep_interval', "'100ms'");
 $total += 10;
 flushes($total, 'and is made up for when it does not');
 
@@ -214,7 +205,7 @@ like($control, qr/^Database cluster state: +shut down$/m,
 $node->append_conf('postgresql.conf', 'idempotency.worker = off');
 $node->start;
 drop_trigger();
-set_conf('idempotency.worker', 'on');
+set_conf($node, 'idempotency.worker', 'on');
 $total += 10;
 flushes($total, 'and nothing is lost or doubled by it');
 
@@ -304,7 +295,7 @@ ok( $node->poll_query_until(
 # The extension goes and comes while workers and others flush.  What one of them
 # has when it is dropped was flushed, and the next one gets the rest.
 my $rest = count_flushed();
-set_conf('idempotency.metrics_interval', "'1s'");
+set_conf($node, 'idempotency.metrics_interval', "'1s'");
 $pgbench = IPC::Run::start(
 	[
 		'sh', '-c',

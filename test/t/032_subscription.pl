@@ -109,8 +109,12 @@ sub is_sound
 	my ($to, $from, $test) = @_;
 
 	local $Test::Builder::Level = $Test::Builder::Level + 1;
-	is( on( $to,
-			'SELECT apply_error_count, sync_error_count FROM pg_stat_subscription_stats'),
+
+	# the second has another name from PostgreSQL 19 on
+	is( on( $to, q{
+			SELECT apply_error_count,
+				coalesce(to_jsonb(s) -> 'sync_table_error_count', to_jsonb(s) -> 'sync_error_count')
+			FROM pg_stat_subscription_stats s}),
 		'0|0',
 		"$test: without errors");
 	is( on($from, 'SELECT slot_name, active FROM pg_replication_slots'),
