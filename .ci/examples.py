@@ -1,11 +1,15 @@
-"""Run the examples of Markdown files and compare what their comments claim.
+"""Run the examples of a Markdown file and compare what their comments claim.
 
-    examples.py FILE...
+    examples.py FILE
 
 The blocks marked sql, js and python are run in the order of the file, each by a
 client of its own, so that nothing is left over from the block before but what
 is in the database.  The environment says which database.  The role is "shop",
 or "postgres" where the first line of a block is "-- as a superuser".
+
+Before them come the SQL blocks under the heading "Installation" of README.md,
+which every page builds on: they create the extension, the role and the tables.
+In README.md itself they are moved to the front.
 
 What a block claims is in comments, after a statement in SQL, and in the others
 after the call that prints it, which ends its line:
@@ -27,22 +31,42 @@ import re
 import subprocess
 import sys
 
+PRELUDE = ("README.md", "Installation")
 SUPERUSER = "-- as a superuser"
 MARK = "@@ end of chunk"
 
 
 def blocks(path):
-    """The blocks of a file: line number, language and text of each."""
-    language = None
+    """The blocks of a file: heading, line number, language and text of each."""
+    language = heading = None
     with open(path, encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
             if language is None and line.startswith("```"):
                 language, start, lines = line[3:].strip(), number, []
             elif language is not None and line.startswith("```"):
-                yield start, language, "".join(lines)
+                if language in ("sql", "js", "python"):
+                    yield heading, start, language, "".join(lines)
                 language = None
             elif language is not None:
                 lines.append(line)
+            elif line.startswith("#"):
+                heading = line.strip("# \n")
+
+
+def prelude():
+    """The blocks that come before those of any file."""
+    path, section = PRELUDE
+    return [(path, number, language, text)
+            for heading, number, language, text in blocks(path)
+            if heading == section and language == "sql"]
+
+
+def examples(path):
+    """The blocks of a file that are not in the prelude."""
+    before = {(file, number) for file, number, _, _ in prelude()}
+    return [(path, number, language, text)
+            for _, number, language, text in blocks(path)
+            if (path, number) not in before]
 
 
 def matches(claim, line):
@@ -129,18 +153,18 @@ def check(language, text):
 
 
 def main():
+    path = sys.argv[1]
+    own = examples(path)
+    before = prelude()
     passed = failed = 0
-    for path in sys.argv[1:]:
-        for number, language, text in blocks(path):
-            if language not in ("sql", "js", "python"):
-                continue
-            wrong = check(language, text)
-            if wrong:
-                failed += 1
-                print(f"{path}:{number}: not so", *wrong, sep="\n    ")
-            else:
-                passed += 1
-    print(f"{passed} passed, {failed} failed")
+    for file, number, language, text in before + own:
+        wrong = check(language, text)
+        if wrong:
+            failed += 1
+            print(f"{file}:{number}: not so", *wrong, sep="\n    ")
+        elif file == path:
+            passed += 1
+    print(f"{path}: {passed} passed, {failed} failed")
     return 0 if failed == 0 and passed > 0 else 1
 
 
