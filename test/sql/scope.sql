@@ -37,6 +37,24 @@ SELECT count(*) FROM scopes s,
     idempotency_replay(s.tenant, s.action, s.key, actor => s.actor) r
 WHERE r.response::text = s.n::text;
 
+-- the lock of a request is its database and SHA-256 of its name, cut to 80 bits
+-- that are taken in the byte order of the server
+BEGIN;
+SELECT outcome FROM idempotency_begin('acme', 'orders.create', 'locked', actor => 'user 1');
+WITH hash AS (
+    SELECT sha256(string_agg(set_byte('\x00', 0, octet_length(part)) || convert_to(part, 'UTF8'), ''
+                             ORDER BY n)) AS hash
+    FROM unnest(ARRAY['acme', 'orders.create', 'locked', 'user 1']) WITH ORDINALITY p (part, n)
+), swapped AS (
+    SELECT string_agg(substring(hash, i, 1), '' ORDER BY n) AS hash
+    FROM hash, unnest('{4, 3, 2, 1, 8, 7, 6, 5, 10, 9}'::int[]) WITH ORDINALITY p (i, n)
+)
+SELECT database = (SELECT oid FROM pg_database WHERE datname = current_database()) AS database,
+       oidsend(classid) || oidsend(objid) || int2send(objsubid)
+       IN ((SELECT hash FROM swapped), (SELECT substring(hash, 1, 10) FROM hash)) AS hash
+FROM pg_locks WHERE locktype = 'userlock' AND pid = pg_backend_pid();
+ROLLBACK;
+
 -- NULL and '' are one tenant, and stored as ''
 SELECT outcome, response FROM idempotency_begin('', 'orders.create', 'k');
 SELECT outcome, response FROM idempotency_begin('', 'orders.create', 'k', actor => '');
