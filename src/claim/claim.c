@@ -75,7 +75,6 @@
 
 static void at_end_of_xact(XactEvent event);
 static void at_end_of_savepoint(SubXactEvent event, int level);
-static void forget_all(XactEvent event);
 static void commit_level(int level);
 static void abort_level(int level);
 static Claim *find_latest(const ScopeName *name);
@@ -290,38 +289,16 @@ ClaimForget(Claim *claim)
 }
 
 /*
- * The end of a transaction
+ * The end of a transaction: its memory and locks are about to go.
  */
 static void
 at_end_of_xact(XactEvent event)
 {
-	/* almost every transaction of almost every server */
-	if (claims_count > 0)
-		forget_all(event);
-}
+	dlist_iter	iter;
 
-/*
- * The end of a savepoint
- */
-static void
-at_end_of_savepoint(SubXactEvent event, int level)
-{
+	/* almost every transaction of almost every server */
 	if (claims_count == 0)
 		return;
-
-	if (event == SUBXACT_EVENT_COMMIT_SUB)
-		commit_level(level);
-	else
-		abort_level(level);
-}
-
-/*
- * The transaction is over, and its memory and locks are about to go.
- */
-static void
-forget_all(XactEvent event)
-{
-	dlist_iter	iter;
 
 	dlist_foreach(iter, &claims)
 	{
@@ -340,6 +317,21 @@ forget_all(XactEvent event)
 	claims_count = 0;
 	dlist_init(&ended);
 	claims_index = NULL;
+}
+
+/*
+ * The end of a savepoint
+ */
+static void
+at_end_of_savepoint(SubXactEvent event, int level)
+{
+	if (claims_count == 0)
+		return;
+
+	if (event == SUBXACT_EVENT_COMMIT_SUB)
+		commit_level(level);
+	else
+		abort_level(level);
 }
 
 /*
@@ -460,18 +452,25 @@ insert_into_index(claimindex_hash *index, Claim *claim)
 
 /*
  * Take the latest claim on a scope from the index, so that the one before it is
- * the latest.
+ * the latest.  A rollback does this too, and must not fail, so it takes no memory.
  */
 static void
 unindex_claim(Claim *claim)
 {
+	IndexedClaim *entry;
+
 	if (claims_index == NULL)
 		return;
 
-	if (claim->older != NULL)
-		index_claim(claim->older);
-	else
+	if (claim->older == NULL)
+	{
 		claimindex_delete(claims_index, &claim->name);
+		return;
+	}
+
+	entry = claimindex_lookup(claims_index, &claim->name);
+	entry->name = &claim->older->name;
+	entry->claim = claim->older;
 }
 
 /*

@@ -235,6 +235,29 @@ COMMIT;
 SELECT response FROM idempotency_key WHERE key = 'old';
 
 --
+-- The same with so many claims that they are found by an index: of several on one
+-- scope the one before comes back
+--
+BEGIN;
+SELECT count(*) FILTER (WHERE outcome = 'started') AS started
+FROM generate_series(1, 40) i, idempotency_begin('t', 'many', 'k' || i);
+SELECT idempotency_finish('t', 'many', 'k7', 503);
+SAVEPOINT s;
+SELECT outcome FROM idempotency_begin('t', 'many', 'k7');
+SELECT idempotency_finish('t', 'many', 'k8', 503);
+SELECT outcome FROM idempotency_begin('t', 'many', 'k8');
+SELECT outcome FROM idempotency_begin('t', 'many', 'k41');
+ROLLBACK TO s;
+-- ended, held, never begun
+SELECT error_of($$ SELECT idempotency_finish('t', 'many', 'k7') $$);
+SELECT error_of($$ SELECT idempotency_begin('t', 'many', 'k8') $$);
+SELECT error_of($$ SELECT idempotency_finish('t', 'many', 'k41') $$);
+SELECT count(*) FILTER (WHERE f = 'completed') AS completed
+FROM generate_series(1, 40) i, idempotency_finish('t', 'many', 'k' || i) f WHERE i <> 7;
+COMMIT;
+SELECT count(*) FROM idempotency_key WHERE action = 'many';
+
+--
 -- A claim does not depend on the portal that it was begun in
 --
 BEGIN;
