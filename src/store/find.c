@@ -397,13 +397,16 @@ fetch_row(Store *store, const Scope *scope)
 static void
 init_scope_keys(ScanKey keys)
 {
+	MemoryContext oldcontext = MemoryContextSwitchTo(TopMemoryContext);
 	FmgrInfo	equal;
 
-	fmgr_info_cxt(F_TEXTEQ, &equal, TopMemoryContext);
+	/* each key gets a copy, with the current context */
+	fmgr_info(F_TEXTEQ, &equal);
 	for (int i = SCOPE_PARTS - 1; i >= 0; i--)
 		ScanKeyEntryInitializeWithInfo(&keys[i], 0, i + 1,
 									   BTEqualStrategyNumber, InvalidOid,
 									   C_COLLATION_OID, &equal, (Datum) 0);
+	MemoryContextSwitchTo(oldcontext);
 }
 
 /*
