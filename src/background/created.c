@@ -34,8 +34,8 @@ static void run_utility(PlannedStmt *statement, const char *query,
 						ParamListInfo params, QueryEnvironment *environment,
 						DestReceiver *dest, QueryCompletion *completion);
 
-static object_access_hook_type prev_object_access_hook = NULL;
-static ProcessUtility_hook_type prev_process_utility_hook = NULL;
+static object_access_hook_type previous_object_access_hook = NULL;
+static ProcessUtility_hook_type previous_process_utility_hook = NULL;
 
 /* whether this transaction creates our extension */
 static bool creates_extension = false;
@@ -46,9 +46,9 @@ static bool creates_extension = false;
 void
 CreatedInit(void)
 {
-	prev_object_access_hook = object_access_hook;
+	previous_object_access_hook = object_access_hook;
 	object_access_hook = note_object;
-	prev_process_utility_hook = ProcessUtility_hook;
+	previous_process_utility_hook = ProcessUtility_hook;
 	ProcessUtility_hook = run_utility;
 	TransactionAtEnd(AT_END_CREATED, at_end_of_xact, NULL);
 }
@@ -60,8 +60,8 @@ static void
 note_object(ObjectAccessType access, Oid classId, Oid objectId, int subId,
 			void *arg)
 {
-	if (prev_object_access_hook)
-		prev_object_access_hook(access, classId, objectId, subId, arg);
+	if (previous_object_access_hook)
+		previous_object_access_hook(access, classId, objectId, subId, arg);
 
 	if (access == OAT_POST_CREATE && classId == ExtensionRelationId &&
 		is_ours(objectId))
@@ -126,9 +126,9 @@ run_utility(PlannedStmt *statement, const char *query, bool read_only_tree,
 		castNode(TransactionStmt, statement->utilityStmt)->kind ==
 		TRANS_STMT_COMMIT_PREPARED;
 
-	if (prev_process_utility_hook)
-		prev_process_utility_hook(statement, query, read_only_tree, context,
-								  params, environment, dest, completion);
+	if (previous_process_utility_hook)
+		previous_process_utility_hook(statement, query, read_only_tree, context,
+									  params, environment, dest, completion);
 	else
 		standard_ProcessUtility(statement, query, read_only_tree, context,
 								params, environment, dest, completion);

@@ -56,6 +56,7 @@ enum
 
 static void report_end(const Scope *scope, StatusClass class, int attempt,
 					   int status, TimestampTz since);
+static int64 read_ttl(StatusClass class, const Answer *answer, int64 begun);
 static void check_size(const Answer *answer);
 static Claim *find_transaction_claim(const Scope *scope,
 									 const NullableDatum *claim_id);
@@ -211,12 +212,7 @@ FinishClaim(const Scope *scope, Claim *claim, const Answer *answer,
 {
 	StatusClass class = StatusClassify(DatumGetInt32(answer->status_code.value));
 	TimestampTz now = GetCurrentTimestamp();
-	int64		ttl = claim->ttl;
-
-	if (class != STATUS_COMPLETED)
-		ttl = CallReadErrorTtl(&answer->ttl);
-	else if (!answer->ttl.isnull)
-		ttl = CallReadTtl(&answer->ttl);
+	int64		ttl = read_ttl(class, answer, claim->ttl);
 
 	RecordInit(record, scope);
 	if (claim->facts.fingerprint.len > 0)
@@ -276,6 +272,20 @@ report_end(const Scope *scope, StatusClass class, int attempt, int status,
 	};
 
 	EventAtCommit(&event);
+}
+
+/*
+ * How long an answer is to be kept, in microseconds; begun is what was asked for
+ * at begin.
+ *
+ * Errors: 22023.
+ */
+static int64
+read_ttl(StatusClass class, const Answer *answer, int64 begun)
+{
+	if (class != STATUS_COMPLETED)
+		return CallReadErrorTtl(&answer->ttl);
+	return answer->ttl.isnull ? begun : CallReadTtl(&answer->ttl);
 }
 
 /*
@@ -363,15 +373,11 @@ finish_lease(const Scope *scope, const pg_uuid_t *claim_id,
 			 const Answer *answer)
 {
 	StatusClass class = StatusClassify(DatumGetInt32(answer->status_code.value));
-	int64		ttl = 0;
+	int64		ttl = read_ttl(class, answer, 0);
 	TimestampTz now;
 	Store		store;
 	Record		record;
 
-	if (class != STATUS_COMPLETED)
-		ttl = CallReadErrorTtl(&answer->ttl);
-	else if (!answer->ttl.isnull)
-		ttl = CallReadTtl(&answer->ttl);
 	if (class != STATUS_RELEASED)
 		check_size(answer);
 

@@ -5,7 +5,8 @@
  *
  * Everything that touches the rows of idempotency_key for a request is here and in
  * find.c, so that another kind of table could be served by other files with the
- * same functions.  (The watch over leases and the views read it by SQL.)  What the catalogs must say of the table is in catalog.c.
+ * same functions.  (The watch over leases and the views read it by SQL.)  What
+ * the catalogs must say of the table is in catalog.c.
  *
  * The calls that every request makes do not go through SPI: planning aside,
  * starting and ending an executor costs more than the work.  They use the
