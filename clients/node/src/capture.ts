@@ -1,0 +1,214 @@
+/**
+ * Collecting what a handler writes to a response of `node:http`, instead of sending it.
+ *
+ * The methods that send are replaced on the response itself, so that Express and anything else that is
+ * built on it is collected as well. Header fields stay on the response until the answer is sent: those that
+ * were set before, by a middleware for CORS for example, belong to every answer, so they are put back when
+ * another answer has to be sent.
+ */
+
+import type { IncomingMessage, OutgoingHttpHeader, OutgoingHttpHeaders, ServerResponse } from 'node:http'
+import { answerTooLarge } from './http.js'
+import type { Handled, HttpAnswer, HttpRequest } from './http.js'
+import type { Headers } from './types.js'
+
+/** The request of `node:http` as the HTTP layer takes it. */
+export function requestOf<Raw extends IncomingMessage> (raw: Raw, place: { route: string, params: object, query: object, body: Uint8Array | string | null }): HttpRequest<Raw> {
+  return {
+    raw,
+    method: raw.method ?? '',
+    route: place.route,
+    params: place.params as Record<string, unknown>,
+    query: place.query as Record<string, unknown>,
+    header: name => valuesOf(raw.rawHeaders, name),
+    body: place.body
+  }
+}
+
+/** The values of a header field, one for each time that it was sent: Node's `headers` join them. */
+function valuesOf (rawHeaders: string[], name: string): string[] {
+  const values: string[] = []
+  for (let n = 0; n < rawHeaders.length; n += 2) {
+    const sent = rawHeaders[n] as string
+    if (sent.length === name.length && sent.toLowerCase() === name) values.push(rawHeaders[n + 1] as string)
+  }
+  return values
+}
+
+/**
+ * Read the body of a request.
+ *
+ * @param limit in bytes
+ * @returns the body, or null if it is larger
+ */
+export async function readBody (request: IncomingMessage, limit: number): Promise<Buffer | null> {
+  if (request.readableEnded) return Buffer.alloc(0)
+  return await new Promise((resolve, reject) => {
+    const chunks: Buffer[] = []
+    let size = 0
+    request.on('data', (chunk: Buffer) => {
+      size += chunk.length
+      if (size > limit) {
+        request.pause()
+        resolve(null)
+      } else {
+        chunks.push(chunk)
+      }
+    })
+    request.on('end', () => resolve(chunks.length === 1 ? chunks[0] as Buffer : Buffer.concat(chunks)))
+    request.on('error', reject)
+    request.on('close', () => {
+      if (!request.readableEnded) reject(new Error('the client has hung up'))
+    })
+  })
+}
+
+/** Where a response has what is collected of it. */
+const capture = Symbol('capture')
+
+interface CapturedResponse extends ServerResponse {
+  [capture]: Capture
+}
+
+/** The answer that a handler is writing. */
+export class Capture {
+  readonly #response: CapturedResponse
+  readonly #limit: number
+  readonly #before: OutgoingHttpHeaders
+  readonly #methods: Pick<ServerResponse, 'writeHead' | 'write' | 'end' | 'flushHeaders'>
+  #chunks: Array<Buffer | string> = []
+  #size = 0
+  #ended = false
+  #resolve!: (answer: HttpAnswer) => void
+  #reject!: (error: unknown) => void
+
+  /** The answer, as soon as the handler has ended it. */
+  readonly answer: Promise<HttpAnswer>
+
+  /** @param limit the largest answer, in bytes */
+  constructor (response: ServerResponse, limit: number) {
+    this.#response = response as CapturedResponse
+    this.#limit = limit
+    this.#before = response.getHeaders()
+    this.answer = new Promise((resolve, reject) => {
+      this.#resolve = resolve
+      this.#reject = reject
+    })
+    this.answer.catch(() => {})
+
+    const { writeHead, write, end, flushHeaders } = response
+    this.#methods = { writeHead, write, end, flushHeaders }
+    this.#response[capture] = this
+    Object.assign(response, collecting)
+  }
+
+  /** What the handler threw, where it is us who called it. */
+  fail (error: unknown): void {
+    this.#reject(error)
+  }
+
+  /** Send an answer: that of the handler, once it is committed, or another one. */
+  send (answer: Handled): void {
+    const response = this.#response
+    this.abandon()
+    if (response.headersSent || response.destroyed) return // the client has hung up
+    if (answer.own) {
+      const exposed = answer.headers['access-control-expose-headers']
+      if (exposed !== undefined) response.setHeader('access-control-expose-headers', exposed)
+      endWith(response, answer)
+      return
+    }
+    for (const name of response.getHeaderNames()) response.removeHeader(name)
+    for (const [name, value] of Object.entries(this.#before)) if (value !== undefined) response.setHeader(name, value)
+    sendAnswer(response, answer)
+  }
+
+  /** Give the response back as it was before anything was collected. */
+  abandon (): void {
+    Object.assign(this.#response, this.#methods)
+  }
+
+  /** Collect a piece of the body. */
+  add (chunk: unknown, encoding: unknown): void {
+    if (this.#ended) return
+    const data = pieceOf(chunk, encoding)
+    this.#size += Buffer.byteLength(data)
+    if (this.#size > this.#limit) {
+      this.#ended = true
+      this.#reject(answerTooLarge(this.#limit))
+      return
+    }
+    this.#chunks.push(data)
+  }
+
+  /** The answer is complete. */
+  end (): void {
+    if (this.#ended) return
+    this.#ended = true
+    const [first = null] = this.#chunks
+    this.#resolve({
+      status: this.#response.statusCode,
+      headers: this.#response.getHeaders() as Headers,
+      body: this.#chunks.length <= 1 ? first : Buffer.concat(this.#chunks.map(chunk => Buffer.from(chunk as string)))
+    })
+  }
+}
+
+/** The methods of a response while it is collected. */
+const collecting = {
+  writeHead (this: CapturedResponse, status: number, ...rest: unknown[]): CapturedResponse {
+    const [first, second] = rest
+    this.statusCode = status
+    if (typeof first === 'string') this.statusMessage = first
+    const headers = (typeof first === 'string' ? second : first) as OutgoingHttpHeaders | OutgoingHttpHeader[] | undefined
+    if (Array.isArray(headers)) {
+      for (let n = 0; n < headers.length; n += 2) this.setHeader(String(headers[n]), headers[n + 1] as OutgoingHttpHeader)
+    } else {
+      for (const name in headers) this.setHeader(name, headers[name] as OutgoingHttpHeader)
+    }
+    return this
+  },
+
+  write (this: CapturedResponse, chunk: unknown, encoding?: unknown, callback?: unknown): boolean {
+    this[capture].add(chunk, encoding)
+    called(encoding, callback)
+    return true
+  },
+
+  end (this: CapturedResponse, chunk?: unknown, encoding?: unknown, callback?: unknown): CapturedResponse {
+    if (typeof chunk !== 'function' && chunk !== undefined && chunk !== null) this[capture].add(chunk, encoding)
+    called(chunk, encoding, callback)
+    this[capture].end()
+    return this
+  },
+
+  flushHeaders (): void {}
+}
+
+/** A piece of a body: text stays text, which spares turning it into bytes and back. */
+function pieceOf (chunk: unknown, encoding: unknown): Buffer | string {
+  if (typeof chunk !== 'string') return Buffer.from(chunk as Uint8Array)
+  return typeof encoding !== 'string' || /^utf-?8$/i.test(encoding) ? chunk : Buffer.from(chunk, encoding as BufferEncoding)
+}
+
+/** Call the callback among the last arguments of write or end, as they would. */
+function called (...args: unknown[]): void {
+  const callback = args.find(arg => typeof arg === 'function') as (() => void) | undefined
+  if (callback) process.nextTick(callback)
+}
+
+/** Send an answer as a whole. Header fields that the response has already, and the answer has not, stay. */
+export function sendAnswer (response: ServerResponse, answer: HttpAnswer): void {
+  response.statusCode = answer.status
+  for (const [name, value] of Object.entries(answer.headers)) response.setHeader(name, value)
+  endWith(response, answer)
+}
+
+function endWith (response: ServerResponse, { status, body }: HttpAnswer): void {
+  if (status === 204 || status === 304 || response.req.method === 'HEAD') {
+    response.end()
+  } else {
+    if (!response.hasHeader('content-length')) response.setHeader('content-length', body === null ? 0 : Buffer.byteLength(body))
+    response.end(body ?? undefined)
+  }
+}

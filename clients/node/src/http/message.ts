@@ -1,0 +1,50 @@
+/** Requests and answers of HTTP, as all frameworks' adapters make and take them. */
+
+import type { Headers } from '../types.js'
+
+/** A request, as far as it has to be looked at. `Raw` is the framework's own object. */
+export interface HttpRequest<Raw = unknown> {
+  raw: Raw
+  method: string
+  /** The template of the route, such as `/orders/:id`. */
+  route: string
+  /** Parameters of the path. */
+  params: Readonly<Record<string, unknown>>
+  /** Parameters of the query. */
+  query: Readonly<Record<string, unknown>>
+  /** All values of a header field, one for each time that it was sent. @param name in lower case */
+  header (name: string): string[]
+  /** The body as it came; null if there is none. */
+  body: Uint8Array | string | null
+  /** Whether somebody has parsed the body as JSON already, so that it need not be done again. */
+  parsed?: boolean
+}
+
+/** An answer, complete. The names of header fields are in lower case. */
+export interface HttpAnswer {
+  status: number
+  headers: Headers
+  body: Uint8Array | string | null
+}
+
+/** Whether a content type is JSON: `application/json`, `application/problem+json` and the like. */
+export function isJson (contentType: string | undefined): boolean {
+  return contentType !== undefined && /^[^;]*[/+]json\s*(?:;|$)/i.test(contentType)
+}
+
+/** A body as text. */
+export function textOf (body: Uint8Array | string): string {
+  if (typeof body === 'string') return body
+  return (Buffer.isBuffer(body) ? body : Buffer.from(body.buffer, body.byteOffset, body.byteLength)).toString('utf8')
+}
+
+/** The text of JSON, or null where it is not JSON after all. */
+export function jsonText (body: Uint8Array | string): string | null {
+  const text = textOf(body)
+  try {
+    JSON.parse(text)
+    return text
+  } catch {
+    return null
+  }
+}
