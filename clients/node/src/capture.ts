@@ -75,7 +75,9 @@ export class Capture {
   readonly #response: CapturedResponse
   readonly #limit: number
   readonly #before: OutgoingHttpHeaders
-  readonly #methods: Pick<ServerResponse, 'writeHead' | 'write' | 'end' | 'flushHeaders'>
+  readonly #status: number
+  readonly #outer: Capture | undefined
+  readonly #methods: Pick<ServerResponse, 'writeHead' | 'write' | 'end' | 'flushHeaders' | 'destroy'>
   #chunks: Array<Buffer | string> = []
   #size = 0
   #ended = false
@@ -90,14 +92,16 @@ export class Capture {
     this.#response = response as CapturedResponse
     this.#limit = limit
     this.#before = response.getHeaders()
+    this.#status = response.statusCode
+    this.#outer = this.#response[capture]
     this.answer = new Promise((resolve, reject) => {
       this.#resolve = resolve
       this.#reject = reject
     })
     this.answer.catch(() => {})
 
-    const { writeHead, write, end, flushHeaders } = response
-    this.#methods = { writeHead, write, end, flushHeaders }
+    const { writeHead, write, end, flushHeaders, destroy } = response
+    this.#methods = { writeHead, write, end, flushHeaders, destroy }
     this.#response[capture] = this
     Object.assign(response, collecting)
   }
@@ -107,25 +111,28 @@ export class Capture {
     this.#reject(error)
   }
 
-  /** Send an answer: that of the handler, once it is committed, or another one. */
+  /**
+   * Send an answer: that of the handler, once it is committed, or another one. What the response has by now
+   * does not count: the handler may have gone on, and begun another answer.
+   */
   send (answer: Handled): void {
     const response = this.#response
     this.abandon()
     if (response.headersSent || response.destroyed) return // the client has hung up
-    if (answer.own) {
-      const exposed = answer.headers['access-control-expose-headers']
-      if (exposed !== undefined) response.setHeader('access-control-expose-headers', exposed)
-      endWith(response, answer)
-      return
-    }
-    for (const name of response.getHeaderNames()) response.removeHeader(name)
-    for (const [name, value] of Object.entries(this.#before)) if (value !== undefined) response.setHeader(name, value)
-    sendAnswer(response, answer)
+    if (answer.own) for (const name of response.getHeaderNames()) response.removeHeader(name)
+    response.on('error', () => {}) // a handler that still writes
+    sendAnswer(response, answer.own ? answer : exposingAlso(response, answer))
   }
 
   /** Give the response back as it was before anything was collected. */
   abandon (): void {
-    Object.assign(this.#response, this.#methods)
+    const response = this.#response
+    Object.assign(response, this.#methods)
+    response[capture] = this.#outer as Capture
+    if (response.headersSent) return
+    response.statusCode = this.#status
+    for (const name of response.getHeaderNames()) response.removeHeader(name)
+    for (const [name, value] of Object.entries(this.#before)) if (value !== undefined) response.setHeader(name, value)
   }
 
   /** Collect a piece of the body. */
@@ -152,6 +159,14 @@ export class Capture {
       body: this.#chunks.length <= 1 ? first : Buffer.concat(this.#chunks.map(chunk => Buffer.from(chunk as string)))
     })
   }
+}
+
+/** An answer that names the headers which a middleware for CORS has named as well. */
+function exposingAlso (response: ServerResponse, answer: HttpAnswer): HttpAnswer {
+  const name = 'access-control-expose-headers'
+  const [named, ours] = [response.getHeader(name), answer.headers[name]]
+  if (named === undefined || ours === undefined) return answer
+  return { ...answer, headers: { ...answer.headers, [name]: [named, ours].flat().join(', ') } }
 }
 
 /** The methods of a response while it is collected. */
@@ -182,7 +197,12 @@ const collecting = {
     return this
   },
 
-  flushHeaders (): void {}
+  flushHeaders (): void {},
+
+  destroy (this: CapturedResponse, error?: Error): CapturedResponse {
+    this[capture].fail(error ?? new Error('the response was destroyed'))
+    return this
+  }
 }
 
 /** A piece of a body: text stays text, which spares turning it into bytes and back. */
@@ -208,6 +228,7 @@ function endWith (response: ServerResponse, { status, body }: HttpAnswer): void 
   if (status === 204 || status === 304 || response.req.method === 'HEAD') {
     response.end()
   } else {
+    response.removeHeader('transfer-encoding')
     if (!response.hasHeader('content-length')) response.setHeader('content-length', body === null ? 0 : Buffer.byteLength(body))
     response.end(body ?? undefined)
   }

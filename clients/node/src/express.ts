@@ -105,14 +105,14 @@ export function idempotent<Tx, Request extends ExpressRequest = any> (idempotenc
 
 /** The template of the route, where the middleware belongs to one; else the path. */
 function routeOf (request: ExpressRequest): string {
-  return request.baseUrl + String(request.route?.path ?? request.path)
+  return request.baseUrl + (typeof request.route?.path === 'string' ? request.route.path : request.path)
 }
 
 /**
  * The body as it came: from a parser that has kept it, or read now.
  *
  * @returns null if it is too large
- * @throws Error if a parser has read it and not kept it
+ * @throws Error if a parser has read it and not kept it; with status 415 if it is compressed
  */
 async function bodyOf (request: ExpressRequest, limit: number, notCompared: boolean): Promise<Pick<HttpRequest, 'body' | 'parsed'> | null> {
   if (request.rawBody !== undefined) return { body: request.rawBody }
@@ -121,6 +121,7 @@ async function bodyOf (request: ExpressRequest, limit: number, notCompared: bool
     throw new Error('the body was parsed before the idempotency middleware could see it as it came: ' +
       'give the parser `verify: keepRawBody`, or put the middleware before it')
   }
+  if (isEncoded(request.headers['content-encoding'])) throw Object.assign(new Error('the body is encoded, which takes a parser with `verify: keepRawBody`'), { status: 415 })
   const body = await readBody(request, limit)
   if (body === null) return null
   request.rawBody = request.body = body
@@ -132,6 +133,10 @@ async function bodyOf (request: ExpressRequest, limit: number, notCompared: bool
   } catch {
     return { body } // the fingerprint says that it is no JSON
   }
+}
+
+function isEncoded (encoding: string | undefined): boolean {
+  return encoding !== undefined && encoding.toLowerCase() !== 'identity'
 }
 
 function mayHaveBody (request: ExpressRequest): boolean {

@@ -171,7 +171,7 @@ export class HttpProtection<Tx, Raw> {
       const work = async (tx: Tx | undefined, claim: Claim<Tx> | undefined): Promise<ReturnType<typeof answerOf>> => {
         answer = await handle({ key, scope, tx, claim })
         finished = claim?.result
-        if (answer.body !== null && answer.body.length > this.maxAnswer) throw answerTooLarge(this.maxAnswer)
+        if (answer.body !== null && Buffer.byteLength(answer.body) > this.maxAnswer) throw answerTooLarge(this.maxAnswer)
         return answerOf(answer, this.#kept)
       }
       const result = lease === undefined
@@ -229,6 +229,8 @@ export class HttpProtection<Tx, Raw> {
 
 function somebody (what: string, id: string | null | undefined): string | null {
   if (id === undefined) throw new TypeError(`${what} is undefined: who is not logged in must not get here, and null says that there is none`)
+  // an object would be the same text for everybody
+  if (id !== null && typeof id !== 'string' && typeof id !== 'bigint' && !Number.isFinite(id)) throw new TypeError(`${what} is not a string`)
   return id
 }
 

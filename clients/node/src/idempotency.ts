@@ -96,8 +96,8 @@ interface Running<Tx> {
 interface Progress {
   phase: 'begin' | 'work' | 'finish'
   tries: number
-  /** Whether a commit was asked for whose answer was lost. */
-  asked: boolean
+  /** That the answer to a COMMIT was lost. */
+  unknown: CommitUnknownError | null
   /** How many times the connection was lost before anything was done. */
   lost: number
   /** Whether the work was called. */
@@ -141,12 +141,12 @@ export class Idempotency<Tx> {
   async run (scope: Scope, request: Request, work: (tx: Tx) => Promise<Answer | Result | void> | Answer | Result | void, options: RunOptions = {}): Promise<Result> {
     this.#refuseInsideWork('run')
     return this.#observed(scope, async () => {
-      const progress: Progress = { phase: 'begin', tries: 0, asked: false, lost: 0, ran: false, last: null }
+      const progress: Progress = { phase: 'begin', tries: 0, unknown: null, lost: 0, ran: false, last: null }
       for (;;) {
         try {
           return await this.#attempt(scope, request, work, options, progress)
         } catch (error) {
-          await this.#mayTryAgain(error, options, progress)
+          await this.#tryAgainOrThrow(error, options, progress)
         }
       }
     })
@@ -206,12 +206,11 @@ export class Idempotency<Tx> {
   }
 
   /** Return if the transaction is to be tried again after an error, else throw what to say. */
-  async #mayTryAgain (error: unknown, options: RunOptions, progress: Progress): Promise<void> {
+  async #tryAgainOrThrow (error: unknown, options: RunOptions, progress: Progress): Promise<void> {
     if (error instanceof ConflictError || error instanceof InFlightError || error instanceof MismatchError) throw error
 
-    if (error instanceof CommitUnknownError && !progress.asked) {
-      progress.asked = true
-      progress.last = error
+    if (error instanceof CommitUnknownError && progress.unknown === null) {
+      progress.unknown = progress.last = error
       return
     }
 
@@ -232,11 +231,9 @@ export class Idempotency<Tx> {
       return
     }
 
-    if (lostBefore) {
-      throw progress.last instanceof CommitUnknownError
-        ? progress.last
-        : new UnavailableError('the database cannot be reached', { cause: error })
-    }
+    // it was asked what became of a COMMIT, and there is no answer to that
+    if (progress.phase === 'begin' && progress.unknown !== null) throw progress.unknown
+    if (lostBefore) throw new UnavailableError('the database cannot be reached', { cause: error })
     if (isConflict(error)) throw new ConflictError('the transaction was in conflict with others', { sqlState: sqlStateOf(error), cause: error })
     throw readable(error, progress.phase)
   }
@@ -250,7 +247,13 @@ export class Idempotency<Tx> {
    */
   async store (scope: Scope, request: Request, answer: Answer): Promise<Result> {
     this.#refuseInsideWork('store')
-    return await this.#observed(scope, async () => await this.#store(scope, request, this.#withTtl(keptAnswer(answer))))
+    return await this.#observed(scope, async () => {
+      try {
+        return await this.#store(scope, request, this.#withTtl(keptAnswer(answer)))
+      } catch (error) {
+        throw readable(error, 'begin')
+      }
+    })
   }
 
   async #store (scope: Scope, request: Request, answer: KeptAnswer): Promise<Result> {
@@ -281,7 +284,7 @@ export class Idempotency<Tx> {
       const claim = crypto.randomUUID()
       const { lease = '30 min' } = options
       const begin = this.statements.beginLease(scope, request, lease, claim)
-      const [row = {}] = await this.#onceMore(async () => await this.#database.query(begin))
+      const [row = {}] = await this.#onceMore(async () => await this.#database.query(begin)).catch(error => { throw readable(error, 'begin') })
       if (row['outcome'] !== 'started') return this.#foundResult(row)
       const leased = new LeasedWork<Tx>(scope, request, claim, row, {
         lease,
@@ -297,6 +300,7 @@ export class Idempotency<Tx> {
             running.over = true
           }
         },
+        refuseInsideWork: call => this.#refuseInsideWork(call),
         onceMore: async query => await this.#onceMore(query)
       })
       return await leased.run(work)
@@ -383,21 +387,25 @@ export class Idempotency<Tx> {
 
   /** Once more on another connection, for a statement that may be repeated, if the first one is lost. */
   async #onceMore<T> (query: () => Promise<T>): Promise<T> {
-    try {
-      return await query()
-    } catch (error) {
-      if (!isConnectionLost(error) && sqlStateOf(error) !== '26000') throw error
-    }
-    try {
-      return await query()
-    } catch (error) {
-      throw isConnectionLost(error) ? new UnavailableError('the database cannot be reached', { cause: error }) : error
+    let lost = 0
+    for (let tries = 0; ; tries++) {
+      try {
+        return await query()
+      } catch (error) {
+        if (isConnectionLost(error) || sqlStateOf(error) === '26000') {
+          if (lost++ > 0) throw new CommitUnknownError('the database cannot be reached', { cause: error })
+        } else if (!isConflict(error)) {
+          throw error
+        } else if (tries >= (this.#options.retries ?? 3)) {
+          throw new ConflictError('the transaction was in conflict with others', { sqlState: sqlStateOf(error), cause: error })
+        }
+      }
     }
   }
 
   #refuseInsideWork (call: string): void {
     if (this.current() !== undefined) {
-      throw new OutOfOrderError(`${call} was called inside the work of run, where it would need a second connection: ` +
+      throw new OutOfOrderError(`${call} was called inside a transaction of this client, where it would need a second connection: ` +
         'use begin, finish and firstSeen with its transaction')
     }
   }
@@ -411,7 +419,7 @@ export class Idempotency<Tx> {
       event = { outcome: result.outcome, status: result.status }
       return result
     } catch (reason) {
-      const error = readable(reason, 'begin')
+      const error = asIdempotencyError(reason)
       const outcome = error instanceof InFlightError ? 'in_flight' : error instanceof MismatchError ? 'mismatched' : 'failed'
       event = { outcome, status: error instanceof IdempotencyError ? error.status : null, error }
       throw error
@@ -422,17 +430,25 @@ export class Idempotency<Tx> {
 
   #tell (event: OutcomeEvent): void {
     try {
-      this.#options.onOutcome?.(event)
+      const told: unknown = this.#options.onOutcome?.(event)
+      if (told instanceof Promise) told.catch(warn)
     } catch (error) {
-      process.emitWarning(error as Error)
+      warn(error)
     }
   }
+}
+
+/** No JSON, or none that jsonb can hold: a NUL character, a number out of range, nested too deeply. */
+const unreadable = new Set(['22P02', '22P05', '22003', '54001'])
+
+function warn (error: unknown): void {
+  process.emitWarning(error instanceof Error ? error : String(error))
 }
 
 /** An error as a class of its own; JSON that the database cannot read is the client's while a request is begun. */
 function readable (error: unknown, phase: Progress['phase']): unknown {
   const found = databaseErrorOf(error)
-  if (phase === 'begin' && !(error instanceof IdempotencyError) && (found?.state === '22P02' || found?.state === '22P05')) {
+  if (phase === 'begin' && !(error instanceof IdempotencyError) && found !== null && unreadable.has(found.state)) {
     return new RequestInvalidError(found.message, { sqlState: found.state, detail: found.detail, cause: error })
   }
   return asIdempotencyError(error)

@@ -64,6 +64,8 @@ export interface LeaseEnvironment<Tx> {
   retries: number
   withTtl: (answer: KeptAnswer) => KeptAnswer
   inTransaction: <T>(tx: Tx, work: (tx: Tx) => Promise<T>) => Promise<T>
+  /** Throws where a call would need a second connection. */
+  refuseInsideWork: (call: string) => void
   onceMore: <T>(query: () => Promise<T>) => Promise<T>
 }
 
@@ -95,6 +97,7 @@ export class LeasedWork<Tx> implements Claim<Tx> {
       answer = this.#at.withTtl(keptAnswer(returned))
       if (this.#ended) return resultOfAnswer('released', answer)
     } catch (error) {
+      if (this.result) return this.result
       if (!(error instanceof Refusal)) {
         await this.#giveUp(error)
         throw error
@@ -155,7 +158,11 @@ export class LeasedWork<Tx> implements Claim<Tx> {
   async release (): Promise<void> {
     this.#mustBeHeld('release')
     this.#ended = true
-    await this.#at.onceMore(async () => await this.#at.database.query(this.#at.statements.release(this.#scope, this.id)))
+    try {
+      await this.#at.onceMore(async () => await this.#at.database.query(this.#at.statements.release(this.#scope, this.id)))
+    } catch (error) {
+      throw asIdempotencyError(error)
+    }
   }
 
   /** Keep an answer, in a statement of its own; sent again, it changes nothing. */
@@ -168,37 +175,35 @@ export class LeasedWork<Tx> implements Claim<Tx> {
   }
 
   /**
-   * A transaction whose last statement is fenced by the claim. After a conflict it runs again. If the
-   * connection is lost in COMMIT, it runs again as well, unless it turns out that it took effect: a
-   * checkpoint may be saved twice, and an answer is there or not.
+   * A transaction whose last statement is fenced by the claim. After a conflict it runs again, but not
+   * when the connection is lost in COMMIT: that may still be going on, and then the same rows would come
+   * twice. So the lease is given back, which waits for that COMMIT or fences it off. What is there then is
+   * how it ended: an answer, or where the next request goes on.
    */
   async #inTransaction (work: (tx: Tx) => Promise<Statement>): Promise<Row> {
-    let unknown = false
     for (let tries = 0; ; tries++) {
       try {
         return await this.#at.database.transaction(null, async tx =>
           await this.#at.inTransaction(tx, work)) as Row
       } catch (error) {
-        if (error instanceof CommitUnknownError && !unknown) {
-          unknown = true
-          if (await this.#tookEffect()) throw error
-        } else if (!isConflict(error) || tries >= this.#at.retries) {
+        if (error instanceof CommitUnknownError) {
+          await this.#giveUp(error)
+          await this.#lookForAnswer().catch(() => {})
           throw error
         }
+        if (!isConflict(error) || tries >= this.#at.retries) throw error
       }
     }
   }
 
-  async #tookEffect (): Promise<boolean> {
+  async #lookForAnswer (): Promise<void> {
     const [row = {}] = await this.#at.onceMore(async () =>
       await this.#at.database.query(this.#at.statements.replay(this.#scope, this.#request)))
-    if (row['outcome'] !== 'replayed') return false
-    this.#ended = true
-    this.result = resultOfRow(row)
-    return true
+    if (row['outcome'] === 'replayed') this.result = resultOfRow(row)
   }
 
   #mustBeHeld (call: string): void {
+    this.#at.refuseInsideWork(call)
     if (this.#ended) throw new OutOfOrderError(`${call} was called after the claim had ended`)
   }
 

@@ -77,7 +77,7 @@ export function idempotentHandler<Tx> (
 
 /** With a template, the path's parameters are unknown, so the whole path counts. */
 function queryOf (url: URL, route: string | undefined): Record<string, unknown> {
-  const query: Record<string, unknown> = {}
+  const query: Record<string, unknown> = Object.create(null)
   for (const name of url.searchParams.keys()) query[name] = url.searchParams.getAll(name)
   return route === undefined ? query : { ...query, '': url.pathname }
 }

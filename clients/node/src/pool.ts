@@ -86,10 +86,14 @@ class PoolDatabase<Client extends PgClient> implements Database<Transaction<Clie
     const tx = new PoolTransaction(client)
     let destroy = false
     let working = false
+    let broken: (error: Error) => void = ignore
+    const lost = new Promise<never>((_resolve, reject) => { broken = reject })
+    lost.catch(ignore)
+    client.on('error', broken)
     try {
       const begun = await this.#together(client, first ? [BEGIN, first] : [BEGIN])
       working = true
-      const last = await work(tx, begun[1]?.rows[0])
+      const last = await Promise.race([work(tx, begun[1]?.rows[0]), lost])
       tx.end()
       if (last === null) {
         // of nothing, so nobody waits for it
@@ -102,6 +106,7 @@ class PoolDatabase<Client extends PgClient> implements Database<Transaction<Clie
       destroy = await this.#cannotRollBack(client, error)
       throw working && destroy && nothingDone(error) ? new UnavailableError('the connection was lost, and nothing was done', { cause: error }) : error
     } finally {
+      client.removeListener('error', broken)
       client.removeListener('error', ignore)
       client.release(destroy)
     }
@@ -126,8 +131,9 @@ class PoolDatabase<Client extends PgClient> implements Database<Transaction<Clie
     try {
       results = await this.#together(client, [last, COMMIT])
     } catch (error) {
-      if (!isConnectionLost(error)) throw error
-      throw new CommitUnknownError('the connection was lost during COMMIT', { cause: error })
+      // only the server can say that it did not commit
+      if (sqlStateOf(error) !== null && !isConnectionLost(error)) throw error
+      throw new CommitUnknownError('there was no answer to COMMIT', { cause: error })
     }
     if (results[1]?.command !== 'COMMIT') {
       throw new RolledBackError('COMMIT was answered with ROLLBACK')
@@ -138,7 +144,7 @@ class PoolDatabase<Client extends PgClient> implements Database<Transaction<Clie
   /** Roll back; whether that fails, so that the connection is of no use any more. */
   async #cannotRollBack (client: Client, error: unknown): Promise<boolean> {
     // somebody has deallocated what was prepared
-    if (sqlStateOf(error) === '26000') return true
+    if (sqlStateOf(error) === '26000' && !canBatch(client)) return true
     try {
       await client.query('ROLLBACK')
       return false
@@ -237,11 +243,17 @@ class Batch {
     this.callback = callback
   }
 
-  submit (wire: Wire): null {
+  submit (wire: Wire): Error | null {
+    let bound
+    try {
+      bound = this.#statements.map(({ values }) => values.map(bindable))
+    } catch (error) {
+      return error as Error // nothing was written
+    }
     wire.stream.cork()
     try {
       this.#names = this.#prepare ? namesOf(wire) : null
-      for (const statement of this.#statements) this.#send(wire, statement)
+      this.#statements.forEach((statement, position) => this.#send(wire, statement, bound[position] as Array<Buffer | string | null>))
       wire.sync()
     } finally {
       wire.stream.uncork()
@@ -249,7 +261,7 @@ class Batch {
     return null
   }
 
-  #send (wire: Wire, { name, text, values }: Statement): void {
+  #send (wire: Wire, { name, text }: Statement, values: Array<Buffer | string | null>): void {
     // not the name that pg gives it when it is sent alone: neither knows what the other has prepared
     const kept = this.#names === null ? '' : `${name}_batch`
     if (!this.#names?.has(name)) {
@@ -257,7 +269,7 @@ class Batch {
       if (kept !== '') wire.close({ type: 'S', name: kept })
       wire.parse({ name: kept, text, types: [] })
     }
-    wire.bind({ portal: '', statement: kept, values: values.map(bindable) })
+    wire.bind({ portal: '', statement: kept, values })
     if (!columnsOf.has(text)) wire.describe({ type: 'P', name: '' })
     wire.execute({ portal: '', rows: 0 })
   }
@@ -286,7 +298,8 @@ class Batch {
   }
 
   handleError (error: unknown): void {
-    this.#names?.delete(this.#current?.name)
+    if (sqlStateOf(error) === '26000') this.#names?.clear()
+    else this.#names?.delete(this.#current?.name)
     this.#settle(error)
   }
 

@@ -14,7 +14,7 @@ import type { Answer, Headers, Outcome, Recovery, Request, Result, Row, Scope, S
 /** An argument: its name in SQL, its type where drivers have to be told, and its value. */
 type Argument = [name: string, type: string, value: unknown]
 
-const ANSWER = 'outcome, status_code, response::text AS response, headers::text AS headers, body, retry_after'
+const ANSWER = 'outcome, status_code, response::text AS response, headers::text AS headers, encode(body, \'hex\') AS body, retry_after'
 const LEASE = `${ANSWER}, attempt, recovery_point, recovery_state::text AS recovery_state`
 const LOOK = `${LEASE}, ${['created_at', 'finished_at', 'expires_at']
   .map(name => `to_char(${name} AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.MS"Z"') AS ${name}`).join(', ')}`
@@ -222,9 +222,8 @@ export function resultOfRow (row: Row): Result {
     bytesOf(row['body']), typeof headers === 'string' ? JSON.parse(headers) : headers)
 }
 
-function bytesOf (value: unknown): Uint8Array | null {
-  if (value === null || value === undefined) return null
-  return typeof value === 'string' ? Buffer.from(value.slice(2), 'hex') : Buffer.from(value as Uint8Array)
+function bytesOf (hex: string | null | undefined): Uint8Array | null {
+  return hex === null || hex === undefined ? null : Buffer.from(hex, 'hex')
 }
 
 export function recoveryOfRow (row: Row): Recovery | null {

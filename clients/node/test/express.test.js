@@ -4,8 +4,10 @@ import { randomUUID } from 'node:crypto'
 import { once } from 'node:events'
 import http from 'node:http'
 import net from 'node:net'
-import { Readable } from 'node:stream'
+import { Readable, pipeline } from 'node:stream'
 import { after, before, describe, test } from 'node:test'
+import { setTimeout as sleep } from 'node:timers/promises'
+import { gzipSync } from 'node:zlib'
 import express from 'express'
 import { createIdempotency } from 'pg-idempotency'
 import { idempotent, keepRawBody } from 'pg-idempotency/express'
@@ -253,6 +255,87 @@ describe('express', () => {
     const statuses = (await Promise.all(Array.from({ length: 10 }, () => post(service.url, { key })))).map(({ status }) => status)
     assert.equal(service.count, 1)
     assert.deepEqual([...new Set(statuses)].sort(), [201, 409])
+  })
+
+  test('sends the first of two answers, whole', async () => {
+    const handlers = [
+      (req, res) => { res.status(201).json({ first: true }); throw Object.assign(new Error('late'), { status: 500 }) },
+      (req, res) => { res.status(201).set('x-first', '1').json({ first: 'HTTP/1.1 200 OK' }); res.status(400).send('short') }
+    ]
+    for (const handler of handlers) {
+      const { first } = await twice(await serve(handler))
+      assert.equal(first.status, 201)
+      assert.match(first.text, /^\{"first":/)
+      assert.equal(Number(first.headers.get('content-length')), first.text.length)
+    }
+  })
+
+  test('takes cookies and all back when the commit fails', async () => {
+    const service = await serve(async (req, res) => {
+      await req.idempotency.tx.query('SELECT 1/0').catch(() => {})
+      res.cookie('session', 'secret').location('/orders/1').status(201).send('a long answer, longer than that of the error')
+    })
+    const { status, headers, text } = await post(service.url)
+    assert.deepEqual([status, headers.get('set-cookie'), headers.get('location')], [500, null, null])
+    assert.match(text, /aborted/)
+  })
+
+  test('rolls back when the answer cannot be made', async () => {
+    const service = await serve((req, res) => {
+      if (service.count > 1) return res.send('fine')
+      pipeline(new Readable({ read () { this.destroy(new Error('the source failed')) } }), res, () => {})
+    })
+    const key = randomUUID()
+    assert.equal((await post(service.url, { key })).status, 500)
+    assert.equal((await post(service.url, { key })).text, 'fine')
+  })
+
+  test('is not ended by a handler that writes on and on', async () => {
+    const service = await serve(async (req, res) => {
+      for (let n = 0; n < 50; n++) {
+        res.write(Buffer.alloc(100))
+        await sleep(1)
+      }
+      res.end()
+    }, { options: { maxAnswer: 1000 } })
+    assert.equal((await post(service.url)).status, 500)
+    await sleep(100)
+    assert.equal((await post(service.url)).status, 500)
+  })
+
+  test('refuses to be there twice', async () => {
+    const service = await serve((req, res) => res.json({}), { before: [idempotent(idempotency, { actor: () => 'alice' })] })
+    const { status, text } = await post(service.url)
+    assert.deepEqual([status, JSON.parse(text).code], [500, 'IDEMPOTENCY_OUT_OF_ORDER'])
+  })
+
+  test('keeps the routes of one handler apart', async () => {
+    const app = express()
+    app.post(['/orders', '/refunds'], idempotent(idempotency, { actor: () => 'alice' }), (req, res) => res.json({ path: req.path }))
+    const url = await listen(app)
+    const key = randomUUID()
+    for (const path of ['/orders', '/refunds']) assert.equal((await post(url + path, { key })).text, `{"path":"${path}"}`)
+  })
+
+  test('sends a length where the handler wanted chunks', async () => {
+    const { first } = await twice(await serve((req, res) => { res.setHeader('transfer-encoding', 'chunked'); res.end('abc') }))
+    assert.deepEqual([first.text, first.headers.get('content-length')], ['abc', '3'])
+  })
+
+  test('names the headers that a middleware for CORS names, also for a replay', async () => {
+    const service = await serve((req, res) => res.json({}), { use: [(req, res, next) => { res.setHeader('access-control-expose-headers', 'X-Total'); next() }] })
+    const { first, repeat } = await twice(service, { headers: { origin: 'https://shop.example' } })
+    for (const { headers } of [first, repeat]) {
+      assert.equal(headers.get('access-control-expose-headers'), 'X-Total, Idempotency-Key, Idempotent-Replayed, Retry-After')
+    }
+  })
+
+  test('refuses a compressed body that it would have to read itself', async () => {
+    const service = await serve((req, res) => res.json({}))
+    const { status } = await post(service.url, { body: gzipSync('{"a": 1}'), headers: { 'content-encoding': 'gzip' } })
+    assert.equal(status, 415)
+    const parsed = await serve((req, res) => res.json(req.body), { use: [express.json({ verify: keepRawBody })] })
+    assert.equal((await post(parsed.url, { body: gzipSync('{"a": 1}'), headers: { 'content-encoding': 'gzip' } })).text, '{"a":1}')
   })
 
   test('is told at once when it does not know whose requests they are', () => {

@@ -67,10 +67,11 @@ describe('the key', () => {
 
   test('has the form that is asked for', () => {
     const uuid = '8e03978e-40d5-43dd-bc93-6894a57f9324'
+    const global = { format: /k/g }
     const cases = [
       [{ format: 'uuid' }, uuid, true], [{ format: 'uuid' }, 'abc', false],
       [{ format: 'slug' }, 'a-b_1', true], [{ format: 'slug' }, 'a.b', false],
-      [{ format: /^k\d+$/ }, 'k12', true], [{ format: /^k\d+$/ }, 'x', false],
+      [{ format: /^k\d+$/ }, 'k12', true], [global, 'k', true], [global, 'k', true], [{ format: /^k\d+$/ }, 'x', false],
       [{ minLength: 16 }, 'x'.repeat(16), true], [{ minLength: 16 }, 'x'.repeat(15), false],
       [{ maxLength: 20 }, 'x'.repeat(21), false]
     ]
@@ -115,6 +116,9 @@ describe('the scope', () => {
     for (const who of ['actor', 'tenant']) {
       const stranger = new HttpProtection(idempotency, { [who]: () => undefined })
       await assert.rejects(ask(stranger, requestOf()), { name: 'TypeError', message: new RegExp(`${who} is undefined`) })
+      for (const id of [{}, [], NaN, true, () => {}]) {
+        await assert.rejects(ask(new HttpProtection(idempotency, { [who]: () => id }), requestOf()), TypeError)
+      }
       assert.equal((await ask(new HttpProtection(idempotency, { [who]: () => null }), requestOf())).called, true)
     }
   })
@@ -163,10 +167,12 @@ describe('the fingerprint', () => {
     await ask(protect(), form('a=1'))
     assert.equal((await ask(protect(), form(Buffer.from('a=1')))).status, 201)
     assert.equal((await ask(protect(), form('a=2'))).status, 422)
+    const text = requestOf({ key, body: 'a=1', headers: { 'content-type': ['text/plain'] } })
+    assert.equal((await ask(protect(), text)).status, 422)
   })
 
   test('refuses what should be JSON and is not, be it JSON once it is put into more', async () => {
-    for (const body of ['{"a":', '1,"params":{}', 'nul']) {
+    for (const body of ['{"a":', '1,"params":{}', 'nul', '{"a":1e400000}', '['.repeat(9000) + ']'.repeat(9000)]) {
       const { status, body: problem, called } = await ask(protect(), requestOf({ body }))
       assert.deepEqual([status, JSON.parse(problem).code, called], [400, 'REQUEST_INVALID', false])
     }
@@ -243,6 +249,7 @@ describe('the answer', () => {
     const request = requestOf()
     const { status, body } = await ask(protect({ maxAnswer: 10 }), request, json(200, '"12345678901"'))
     assert.deepEqual([status, JSON.parse(body).code], [500, 'ANSWER_TOO_LARGE'])
+    assert.equal((await ask(protect({ maxAnswer: 10 }), requestOf(), json(200, '"ääääää"'))).status, 500) // in bytes
     assert.equal((await ask(protect(), request)).called, true)
   })
 

@@ -4,7 +4,7 @@ import { randomUUID } from 'node:crypto'
 import { after, afterEach, before, beforeEach, describe, test } from 'node:test'
 import pg from 'pg'
 import {
-  ClaimLostError, InFlightError, MismatchError, OutOfOrderError, Refusal, createIdempotency
+  ClaimLostError, CommitUnknownError, InFlightError, MismatchError, OutOfOrderError, Refusal, RequestInvalidError, createIdempotency
 } from 'pg-idempotency'
 import { createDatabase } from './support/database.js'
 import { beforeAnswer, cutProxy } from './support/proxy.js'
@@ -203,6 +203,82 @@ describe('lease', () => {
   })
 })
 
+describe('lease, when the answer to a COMMIT is lost', () => {
+  // a transaction that writes the row commits slowly, and its connection is lost meanwhile
+  async function loseSlowCommit (work) {
+    await database.pool.query(`CREATE OR REPLACE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS $$
+      BEGIN PERFORM pg_sleep(0.5); RETURN NULL; END $$;
+      CREATE CONSTRAINT TRIGGER slow AFTER INSERT ON charges DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION slow()`)
+    const proxy = await cutProxy(database.url)
+    const distant = new pg.Pool({ connectionString: proxy.url })
+    const client = createIdempotency({ pool: distant })
+    const scope = scopeOf()
+    let calls = 0
+    const write = async tx => {
+      calls++
+      await insert(tx, scope)
+      // after the messages of the last statement and COMMIT: the Sync at their end is on its way, and no answer
+      proxy.cutWhen(message => message.from === 'client' && message.type === 'S' && message.length)
+      return { status: 201, json: 'written' }
+    }
+    const result = await client.lease(scope, null, {}, claim => work(claim, write)).catch(error => error)
+    proxy.cutWhen(() => false, { times: 0 })
+    await distant.end()
+    await proxy.close()
+    await database.pool.query('DROP TRIGGER slow ON charges')
+    return { scope, result, calls }
+  }
+
+  test('of finish: its rows are there once, with their answer', async () => {
+    const { scope, result, calls } = await loseSlowCommit((claim, write) => claim.finish(write))
+    assert.deepEqual([calls, await chargesOf(scope)], [1, 1])
+    assert.deepEqual([result.status, result.rawJson], [201, '"written"'])
+    assert.equal((await idempotency.status(scope)).result.rawJson, '"written"')
+  })
+
+  test('of a checkpoint: its rows are there once, and the next request goes on from it', async () => {
+    const { scope, result, calls } = await loseSlowCommit((claim, write) => claim.checkpoint('charged', 1, { work: write }))
+    assert.deepEqual([calls, await chargesOf(scope)], [1, 1])
+    assert.ok(result instanceof CommitUnknownError && result.status === 503, String(result))
+    await idempotency.lease(scope, null, {}, claim => { assert.deepEqual(claim.recovery, { point: 'charged', state: 1 }) })
+  })
+})
+
+describe('lease, what the work does after it has finished', () => {
+  test('changes nothing', async () => {
+    for (const error of [new Error('late'), new Refusal({ status: 402 })]) {
+      const scope = scopeOf()
+      const result = await idempotency.lease(scope, null, {}, async claim => {
+        await claim.finish(async () => ({ status: 201, json: 'kept' }))
+        throw error
+      })
+      assert.deepEqual(pick(result), ['completed', 201, '"kept"'])
+    }
+  })
+
+  test('takes no second connection inside of finish', async () => {
+    await idempotency.lease(scopeOf(), null, {}, claim => claim.finish(async () => {
+      await assert.rejects(claim.checkpoint('x'), OutOfOrderError)
+      await assert.rejects(claim.release(), OutOfOrderError)
+    }))
+  })
+
+  test('passes on what is wrong with a value of the work, and not as the client\'s request', async () => {
+    await assert.rejects(idempotency.lease(scopeOf(), null, {}, () => database.pool.query("SELECT 'x'::uuid")), { code: '22P02' })
+    await assert.rejects(idempotency.run(scopeOf(), null, tx => tx.query("SELECT 'x'::uuid")), { code: '22P02' })
+    await assert.rejects(idempotency.lease(scopeOf(), '{', {}, fail), RequestInvalidError)
+    await assert.rejects(idempotency.store(scopeOf(), '{', { status: 404 }), RequestInvalidError)
+  })
+
+  test('runs again after conflicts of its own calls', async () => {
+    const serializable = new pg.Pool({ connectionString: database.url, options: '-c default_transaction_isolation=serializable' })
+    const client = createIdempotency({ pool: serializable, retries: 20 })
+    const results = await Promise.all(Array.from({ length: 80 }, () => client.lease(scopeOf(), null, {}, () => ({ status: 201 }))))
+    await serializable.end()
+    assert.deepEqual(new Set(results.map(({ outcome }) => outcome)), new Set(['completed']))
+  })
+})
+
 describe('lease through a proxy that cuts the connection', () => {
   let proxy
   before(async () => { proxy = await cutProxy(database.url) })
@@ -250,6 +326,20 @@ describe('lease through a proxy that cuts the connection', () => {
     })
     await distant.end()
     assert.deepEqual([result.status, result.rawJson, await chargesOf(scope)], [201, '"paid"', 1])
+  })
+
+  test('when nothing can be asked any more: says that it is not known', async () => {
+    const distant = new pg.Pool({ connectionString: proxy.url })
+    const scope = scopeOf()
+    const result = createIdempotency({ pool: distant }).lease(scope, null, {}, () => {
+      // the answer to finish, and then the next connection
+      proxy.cutWhen(message => message.from === 'server' && (message.type === 'C' || message.type === 'R'), { times: 2 })
+      return { status: 201 }
+    })
+    await assert.rejects(result, error => error instanceof CommitUnknownError && error.status === 503)
+    proxy.cutWhen(() => false, { times: 0 })
+    await distant.end()
+    assert.equal((await idempotency.status(scope)).outcome, 'replayed')
   })
 
   test('in begin: the same claim is asked for again', async () => {

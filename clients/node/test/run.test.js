@@ -252,6 +252,19 @@ for (const [kind, [poolOptions, clientOptions]] of Object.entries(kinds)) {
       assert.equal(calls, 5)
     })
 
+    test('recovers when somebody has reset all connections', async () => {
+      // one that pipelines has to give each of them up
+      const count = poolOptions.pipeline ? 2 : 6
+      const some = new pg.Pool({ connectionString: database.url, ...poolOptions, max: count })
+      const client = createIdempotency({ pool: some, ...clientOptions })
+      await Promise.all(Array.from({ length: count }, () => client.run(scopeOf(), null, () => sleep(50))))
+      const connections = await Promise.all(Array.from({ length: count }, () => some.connect()))
+      for (const connection of connections) await connection.query('DISCARD ALL')
+      for (const connection of connections) connection.release()
+      for (let n = 0; n < count; n++) assert.equal((await client.run(scopeOf(), null, () => {})).outcome, 'completed')
+      await some.end()
+    })
+
     test('recovers when somebody has deallocated its statements', async () => {
       const one = new pg.Pool({ connectionString: database.url, ...poolOptions, max: 1 })
       const client = createIdempotency({ pool: one, ...clientOptions })
@@ -291,6 +304,26 @@ for (const [kind, [poolOptions, clientOptions]] of Object.entries(kinds)) {
       assert.equal(await late, undefined)
       assert.throws(() => leaked.query('SELECT 1'), OutOfOrderError)
       assert.throws(() => leaked.client, OutOfOrderError)
+    })
+
+    test('is told at once when the connection is lost, whatever the work still waits for', async () => {
+      const waiting = resolvers()
+      await assert.rejects(idempotency.run(scopeOf(), null, async tx => {
+        const { rows: [{ pid }] } = await tx.query('SELECT pg_backend_pid() AS pid')
+        await database.pool.query('SELECT pg_terminate_backend($1)', [pid])
+        await waiting.promise
+      }), UnavailableError)
+      waiting.resolve()
+    })
+
+    test('replays bytes whatever form the server writes them in', async () => {
+      const escaping = new pg.Pool({ connectionString: database.url, ...poolOptions, options: '-c bytea_output=escape' })
+      const client = createIdempotency({ pool: escaping, ...clientOptions })
+      const scope = scopeOf()
+      for (const _ of [1, 2]) {
+        assert.equal(Buffer.from((await client.run(scope, null, () => ({ body: 'hello \\ world' }))).body).toString(), 'hello \\ world')
+      }
+      await escaping.end()
     })
 
     test('survives a connection that is terminated in its work', async () => {
@@ -366,6 +399,20 @@ for (const [kind, [poolOptions, clientOptions]] of Object.entries(kinds)) {
         }
       })
 
+      test('and no connection is free to ask: says that it is not known', async () => {
+        const one = new pg.Pool({ connectionString: proxy.url, ...poolOptions, max: 1, connectionTimeoutMillis: 100 })
+        const scope = scopeOf()
+        let other
+        proxy.cutWhen(beforeAnswer('COMMIT'))
+        await assert.rejects(createIdempotency({ pool: one, ...clientOptions }).run(scope, null, () => {
+          other = one.connect() // is next in the queue
+          return { status: 201 }
+        }), error => error instanceof CommitUnknownError && error.status === 503)
+        ;(await other).release()
+        await one.end()
+        assert.equal((await recordOf(scope)).state, 'completed')
+      })
+
       test('in begin: asks once more; and says that the database is not to be reached', async () => {
         const begins = message => message.from === 'server' && message.type === 'C' && message.text.startsWith('BEGIN')
         proxy.cutWhen(begins)
@@ -408,6 +455,28 @@ describe('run', () => {
     trips = 0
     await idempotency.run(scopeOf(), { a: 1 }, () => ({ status: 201, json: {} }))
     assert.equal(trips, 2)
+    await pool.end()
+  })
+
+  test('says that it is not known when COMMIT is not answered in time', async () => {
+    await database.pool.query(`CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS $$
+      BEGIN PERFORM pg_sleep(1); RETURN NULL; END $$;
+      CREATE TABLE slow (); CREATE CONSTRAINT TRIGGER slow AFTER INSERT ON slow DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION slow()`)
+    const hasty = new pg.Pool({ connectionString: database.url, query_timeout: 300 })
+    const scope = scopeOf()
+    await assert.rejects(createIdempotency({ pool: hasty }).run(scope, null, async tx => {
+      await tx.query('INSERT INTO slow DEFAULT VALUES')
+      return { status: 201 }
+    }), error => error instanceof CommitUnknownError || error instanceof InFlightError)
+    await hasty.end()
+    while ((await recordOf(scope))?.state !== 'completed') await sleep(50)
+  })
+
+  test('passes on a value that cannot be sent, and the connection goes on', async () => {
+    const pool = new pg.Pool({ connectionString: database.url, max: 1 })
+    const idempotency = createIdempotency({ pool })
+    await assert.rejects(idempotency.run({ action: 'x', key: Object.create(null) }, null, fail), TypeError)
+    assert.equal((await idempotency.run(scopeOf(), null, () => {})).outcome, 'completed')
     await pool.end()
   })
 
@@ -482,6 +551,8 @@ describe('run', () => {
       pool: database.pool,
       onOutcome (event) {
         events.push([event.outcome, event.status, event.scope.key, event.duration > 0])
+        if (event.outcome === 'replayed') return Promise.reject(new Error('of the listener'))
+        if (event.outcome === 'mismatched') throw 'no error' // eslint-disable-line no-throw-literal
         throw new Error('of the listener')
       }
     })

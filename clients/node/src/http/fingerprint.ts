@@ -24,12 +24,14 @@ export function fingerprintOf (request: HttpRequest, omit: ReadonlyArray<readonl
   const place = isEmpty(params) && isEmpty(query) ? '{}' : JSON.stringify({ params: orNothing(params), query: orNothing(query) })
   if (body === null || body.length === 0) return new JsonRequest(place, omit)
 
-  if (isJson(request.header('content-type')[0])) {
+  const type = request.header('content-type')[0]
+  if (isJson(type) && request.header('content-encoding').length === 0) {
     const text = parsed ? textOf(body) : jsonText(body)
     if (text === null) throw new RequestInvalidError('the body is not JSON')
     return new JsonRequest(`${place.slice(0, -1)}${place === '{}' ? '' : ','}"body":${text}}`, omit)
   }
-  return createHash('sha256').update(place).update('\n').update(body).digest()
+  const kind = type?.split(';', 1)[0]?.trim().toLowerCase() ?? ''
+  return createHash('sha256').update(JSON.stringify([place, kind])).update(body).digest()
 }
 
 /** @param paths such as `body.sent_at`, or as lists of names where a name has a dot */

@@ -46,7 +46,7 @@ export function keyOf (request: HttpRequest, names: readonly string[], form: Key
   if (key.length < minLength || key.length > maxLength) {
     throw new KeyInvalidError(`the key must have ${minLength} to ${maxLength} characters`)
   }
-  if (!(format instanceof RegExp ? format : formats[format]).test(key)) {
+  if (key.search(format instanceof RegExp ? format : formats[format]) === -1) {
     throw new KeyInvalidError(format instanceof RegExp ? 'the key does not have the form that it must have' : `the key must have the form "${format}"`)
   }
   return key
