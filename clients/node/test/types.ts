@@ -1,9 +1,11 @@
 // What the types promise: this file has to compile, and does not run.
 import express from 'express'
+import Fastify from 'fastify'
 import pg from 'pg'
 import { createIdempotency, Refusal } from 'pg-idempotency'
 import type { Answer, Database, Idempotency, Result, Transaction } from 'pg-idempotency'
 import { idempotent, keepRawBody } from 'pg-idempotency/express'
+import idempotencyPlugin from 'pg-idempotency/fastify'
 
 const pool = new pg.Pool()
 const scope = { tenant: 'acme', action: 'orders.create', key: 'k' }
@@ -53,3 +55,12 @@ app.post('/a', express.json({ verify: keepRawBody }), idempotent(idempotency, {
 })
 // @ts-expect-error not a status for it
 app.post('/b', idempotent(idempotency, { actor: () => 'a', mismatchStatus: 400 }))
+
+const fastify = Fastify()
+export const registered = fastify.register(idempotencyPlugin, { idempotency, actor: request => request.headers.authorization ?? null, global: true })
+fastify.post('/c', { config: { idempotency: { lease: '5 min' } } }, async request => {
+  const key: string | undefined = request.idempotency?.key
+  return { key, attempt: request.idempotency?.claim?.attempt }
+})
+// @ts-expect-error the plugin needs a client
+export const without = fastify.register(idempotencyPlugin, { actor: () => 'a' })
