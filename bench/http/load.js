@@ -15,8 +15,9 @@
 import { randomInt, randomUUID } from 'node:crypto'
 import { Connection, startRedis, startServer } from './client.js'
 
+const further = ['idempot-postgres', 'idempot-redis', 'nestarc-postgres', 'nestarc-redis']
 const peers = ['none', 'none-run', 'node-idempotency', 'express-idempotency',
-  'express-idempotency-redis', 'idempotency', 'idempotency-run']
+  'express-idempotency-redis', ...(process.env.FURTHER_PEERS ? further : []), 'idempotency', 'idempotency-run']
 const finished = Array.from({ length: 500 }, randomUUID)
 const keys = {
   new: randomUUID,

@@ -7,7 +7,8 @@
 // Everything but the protection is the same for all: the route, the work, the
 // statements, which are prepared, and the pool of connections, which is that of
 // pg with pipelining, so that BEGIN and COMMIT make no round trip of their own
-// where there is something to send them with.
+// where there is something to send them with.  The client of this extension sees
+// to that by itself, with a pool as it is by default.
 //
 //   none                        nothing
 //   none-run                    nothing, and the work is a function of the database
@@ -16,14 +17,22 @@
 //   express-idempotency         the middleware, as its README says, with the default
 //                               adapter, which keeps answers in memory
 //   express-idempotency-redis   the same, with the adapter for Redis that there is
-//   idempotency                 idempotency_begin and idempotency_finish
+//   idempot-postgres, -redis    @idempot/express-middleware with its stores
+//   nestarc-postgres, -redis    @nestarc/idempotency with its stores, in NestJS
+//   idempotency                 this extension through its client, as the client's README says
 //   idempotency-run             idempotency_run, and the work is a function
+//
+// Those of idempot and nestarc are in no package-lock of ours: bench/peers says
+// where they come from.
 //
 // Answers are kept for a day, which is everybody's default but that of the
 // adapter that keeps them in memory: it never forgets.
 
+import { createServer } from 'node:http'
 import express from 'express'
 import pg from 'pg'
+import { createIdempotency } from 'pg-idempotency'
+import { idempotent } from 'pg-idempotency/express'
 import { createClient } from '@redis/client'
 import { Idempotency } from '@node-idempotency/core'
 import { RedisStorageAdapter } from '@node-idempotency/storage-adapter-redis'
@@ -41,19 +50,6 @@ pool.on('connect', client => client.on('error', () => {}))
 // The work
 //
 
-async function transaction (work) {
-  const client = await pool.connect()
-  let broken = false
-  try {
-    return await work(client)
-  } catch (error) {
-    broken = await client.query('ROLLBACK').then(() => false, () => true)
-    throw error
-  } finally {
-    client.release(broken)
-  }
-}
-
 async function insertOrder (client, { reference, customer, skus }) {
   const { rows: [{ id }] } = await client.query({
     name: 'order',
@@ -68,15 +64,22 @@ async function insertOrder (client, { reference, customer, skus }) {
   return { status: 201, body: JSON.stringify({ order: id, status: 'created' }) }
 }
 
-function makeOrder (request) {
-  return transaction(async client => {
+async function makeOrder (request) {
+  const client = await pool.connect()
+  let broken = false
+  try {
     const [, answer] = await Promise.all([
       client.query('BEGIN'),
       insertOrder(client, request)
     ])
     await client.query('COMMIT')
     return answer
-  })
+  } catch (error) {
+    broken = await client.query('ROLLBACK').then(() => false, () => true)
+    throw error
+  } finally {
+    client.release(broken)
+  }
 }
 
 function failure (status, error) {
@@ -88,16 +91,16 @@ function send (res, { status, body }) {
 }
 
 //
-// The peers: each makes the handlers of the route
+// The peers: each makes the handlers of the route, or an application
 //
 
 const peers = {
   none () {
-    return [async (req, res) => send(res, await makeOrder(req.body))]
+    return [express.json(), async (req, res) => send(res, await makeOrder(req.body))]
   },
 
   'none-run' () {
-    return [async (req, res) => {
+    return [express.json(), async (req, res) => {
       const { rows: [answer] } = await pool.query({
         name: 'create_order',
         text: 'SELECT status_code AS status, response::text AS body FROM create_order($1)',
@@ -112,7 +115,7 @@ const peers = {
     await storage.connect()
     const idempotency = new Idempotency(storage, { enforceIdempotency: true })
 
-    return [async ({ method, path, headers, body }, res) => {
+    return [express.json(), async ({ method, path, headers, body }, res) => {
       const request = { method, path, headers, body }
       const stored = await idempotency.onRequest(request)
       if (stored) return send(res, stored.body)
@@ -125,7 +128,7 @@ const peers = {
   },
 
   'express-idempotency' (options) {
-    return [expressIdempotency.idempotency(options), async (req, res) => {
+    return [express.json(), expressIdempotency.idempotency(options), async (req, res) => {
       if (expressIdempotency.getSharedIdempotencyService().isHit(req)) return
       send(res, await makeOrder(req.body)) // of a failure it forgets the key
     }]
@@ -139,49 +142,75 @@ const peers = {
     return peers['express-idempotency']({ dataAdapter })
   },
 
-  idempotency () {
-    return [async (req, res) => {
-      const scope = ['acme', 'orders.create', req.get('Idempotency-Key')]
+  async 'idempot-postgres' () {
+    const { PostgresIdempotencyStore } = await import('@idempot/postgres-store')
+    return await idempot(new PostgresIdempotencyStore({ pool, schema: 'idempot' }))
+  },
 
-      send(res, await transaction(async client => {
-        const [, { rows: [begun] }] = await Promise.all([
-          client.query('BEGIN'),
-          client.query({
-            name: 'begin',
-            text: `SELECT outcome, status_code AS status, response::text AS body
-              FROM idempotency_begin($1, $2, $3, $4)`,
-            values: [...scope, JSON.stringify(req.body)]
-          })
-        ])
-        if (begun.outcome !== 'started') {
-          client.query('COMMIT').catch(() => {}) // of nothing, so nobody waits for it
-          return begun
-        }
-        const answer = await insertOrder(client, req.body)
-        await Promise.all([
-          client.query({
-            name: 'finish',
-            text: 'SELECT idempotency_finish($1, $2, $3, $4, $5)',
-            values: [...scope, answer.status, answer.body]
-          }),
-          client.query('COMMIT')
-        ])
-        return answer
-      }))
+  async 'idempot-redis' () {
+    const { RedisIdempotencyStore } = await import('@idempot/redis-store')
+    const { Redis } = await import('ioredis')
+    return await idempot(new RedisIdempotencyStore({ client: new Redis(redis.socket.path) }))
+  },
+
+  async 'nestarc-postgres' () {
+    const { PostgresStorage } = (await import('@nestarc/idempotency')).default
+    return await nestarc(new PostgresStorage({ pool, autoCreateSchema: true }))
+  },
+
+  async 'nestarc-redis' () {
+    const { RedisStorage } = (await import('@nestarc/idempotency')).default
+    const { Redis } = await import('ioredis')
+    return await nestarc(new RedisStorage({ client: new Redis(redis.socket.path) }))
+  },
+
+  idempotency () {
+    const idempotency = createIdempotency({ pool: new pg.Pool({ idleTimeoutMillis: 0 }), schema: 'public' })
+    return [idempotent(idempotency, { tenant: () => 'acme', action: 'orders.create' }), async (req, res) => {
+      send(res, await insertOrder(req.idempotency.tx, req.body))
     }]
   },
 
   'idempotency-run' () {
-    return [async (req, res) => {
+    return [express.json(), async (req, res) => {
       const { rows: [answer] } = await pool.query({
         name: 'run',
         text: `SELECT status_code AS status, response::text AS body
-          FROM idempotency_run('acme', 'orders.create', $1, $2, 'create_order(jsonb)')`,
+          FROM idempotency_run('acme', 'orders.run', $1, $2, 'create_order(jsonb)')`,
         values: [req.get('Idempotency-Key'), JSON.stringify(req.body)]
       })
       send(res, answer)
     }]
   }
+}
+
+async function idempot (store) {
+  const { idempotency } = await import('@idempot/express-middleware')
+  return [express.json(), idempotency({ store }), async (req, res) => send(res, await makeOrder(req.body))]
+}
+
+// An application of NestJS; its decorators are called as functions
+async function nestarc (storage) {
+  await import('reflect-metadata')
+  const { Body, Controller, Module, Post, UseInterceptors } = (await import('@nestjs/common')).default
+  const { NestFactory } = (await import('@nestjs/core')).default
+  const { Idempotent, IdempotencyInterceptor, IdempotencyModule } = (await import('@nestarc/idempotency')).default
+
+  class Orders {
+    async create (order) {
+      return JSON.parse((await makeOrder(order)).body)
+    }
+  }
+  const method = [Orders.prototype, 'create', Object.getOwnPropertyDescriptor(Orders.prototype, 'create')]
+  Body()(Orders.prototype, 'create', 0)
+  for (const decorate of [Post('orders'), UseInterceptors(IdempotencyInterceptor), Idempotent()]) decorate(...method)
+  Controller()(Orders)
+
+  class Service {}
+  Module({ imports: [IdempotencyModule.forRoot({ storage })], controllers: [Orders] })(Service)
+  const service = await NestFactory.create(Service, { logger: false })
+  await service.init()
+  return service.getHttpAdapter().getInstance()
 }
 
 // What to answer to an error, by its code
@@ -207,10 +236,16 @@ function handleError (error, req, res, next) {
   send(res, failure(status, error))
 }
 
-const app = express()
-app.post('/orders', express.json(), ...await peers[process.argv[2]]())
-app.use(handleError)
-const server = app.listen(0, '127.0.0.1', () => process.send(server.address().port))
+function serviceOf (handlers) {
+  const app = express()
+  app.post('/orders', ...handlers)
+  app.use(handleError)
+  return app
+}
+
+const peer = await peers[process.argv[2]]()
+const server = createServer(Array.isArray(peer) ? serviceOf(peer) : peer)
+server.listen(0, '127.0.0.1', () => process.send(server.address().port))
 
 // nobody is left to ask
 process.on('disconnect', () => process.exit())
