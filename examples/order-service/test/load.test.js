@@ -94,7 +94,8 @@ describe('a connection that breaks before COMMIT is answered', () => {
       const { id } = await createOrder(api, 'book')
       await quiet()
       const cuts = cutAtCommit(number)
-      const { status, json } = await api.post(`/orders/${id}/refund`, undefined, { key: randomUUID() })
+      const key = randomUUID()
+      const { status, json } = await retry(() => api.post(`/orders/${id}/refund`, undefined, { key }))
       assert.deepEqual([status, json.status, json.refunded, proxy.cuts], [200, 'refunded', 1000, cuts])
       assert.deepEqual(await apart.database.query('SELECT amount, requests FROM provider_refunds JOIN refunds USING (reference, amount) WHERE order_id = $1', [id]),
         [{ amount: 1000, requests: 1 }])
