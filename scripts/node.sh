@@ -49,13 +49,14 @@ failures() {
 	sed -nE 's/^ *(not ok [0-9]+ - |✖ )/  failed: /p' "$log" | sort -u | head -n 40
 }
 
-# run_tests NAME COMMAND...: run tests of Node, and count them
+# run_tests NAME COMMAND...: run tests of Node, for a quarter of an hour at most, and
+# count them
 run_tests() {
 	local name=$1 status=0 good bad left
 
 	printf '\n==== %s\n\n' "$name"
 	shift
-	"$@" 2>&1 | tee "$log" || status=$?
+	timeout --kill-after=30 900 "$@" 2>&1 | tee "$log" || status=$?
 	read -r good bad left < <(counted)
 
 	# a run without a test, or one that fails without saying which, has failed
