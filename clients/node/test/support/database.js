@@ -29,9 +29,11 @@ export async function createDatabase ({ schema = 'idempotency' } = {}) {
 
   async function drop () {
     await pool.end()
-    // a connection that was ended is still there for a moment; to terminate it would be an error of its client
-    while ((await server.query('SELECT FROM pg_stat_activity WHERE datname = $1', [name])).rowCount > 0) await sleep(10)
-    await server.query(`DROP DATABASE ${name}`)
+    // a connection that was ended is still there for a moment, and to terminate it would be an error of its
+    // client; one that a library has left behind is there for good
+    const isUsed = async () => (await server.query('SELECT FROM pg_stat_activity WHERE datname = $1', [name])).rowCount > 0
+    for (let tries = 0; tries < 300 && await isUsed(); tries++) await sleep(10)
+    await server.query(`DROP DATABASE ${name} WITH (FORCE)`)
     await server.end()
   }
   return { url: url.href, pool, drop }
