@@ -58,13 +58,14 @@ export async function crashDatabase () {
   const folder = await realpath(setting('PGDATA'))
   const [postmaster] = (await readFile(path.join(folder, 'postmaster.pid'), 'utf8')).split('\n')
 
-  // The first one first, lest it start others in place of those killed; and as
-  // long as the system knows its number, the next one would not take its place.
-  kill(postmaster)
+  // the first one first, lest it start others in place of those killed
   await until(async () => {
     const left = await processesIn(folder)
-    for (const pid of left) kill(pid)
-    return left.length === 0 && !kill(postmaster)
+    left.sort((one, other) => Number(other === postmaster) - Number(one === postmaster))
+    for (const pid of left) kill(pid, 'SIGKILL')
+
+    // while the system knows its number, the next one would not take its place
+    return left.length === 0 && !kill(postmaster, 0)
   }, { what: 'the server to be gone' })
 }
 
@@ -95,9 +96,9 @@ async function processesIn (folder) {
 }
 
 // Whether there was such a process
-function kill (pid) {
+function kill (pid, signal) {
   try {
-    return process.kill(Number(pid), 'SIGKILL')
+    return process.kill(Number(pid), signal)
   } catch (error) {
     if (error.code !== 'ESRCH') throw error
     return false
