@@ -8,8 +8,10 @@
  */
 
 import type { IncomingMessage, OutgoingHttpHeader, OutgoingHttpHeaders, ServerResponse } from 'node:http'
+import { IdempotencyError } from './errors.js'
 import { answerTooLarge } from './http.js'
-import type { Handled, HttpAnswer, HttpRequest } from './http.js'
+import type { Handled, HttpAnswer, HttpProtection, HttpRequest, Protected } from './http.js'
+import { valuesOf } from './http/message.js'
 import type { Headers } from './types.js'
 
 /** The request of `node:http` as the HTTP layer takes it. */
@@ -23,16 +25,6 @@ export function requestOf<Raw extends IncomingMessage> (raw: Raw, place: { route
     header: name => valuesOf(raw.rawHeaders, name),
     body: place.body
   }
-}
-
-/** The values of a header field, one for each time that it was sent: Node's `headers` join them. */
-function valuesOf (rawHeaders: string[], name: string): string[] {
-  const values: string[] = []
-  for (let n = 0; n < rawHeaders.length; n += 2) {
-    const sent = rawHeaders[n] as string
-    if (sent.length === name.length && sent.toLowerCase() === name) values.push(rawHeaders[n + 1] as string)
-  }
-  return values
 }
 
 /**
@@ -63,6 +55,53 @@ export async function readBody (request: IncomingMessage, limit: number): Promis
   })
 }
 
+/**
+ * The key of a request.
+ *
+ * @returns null if the request is not protected; undefined if its key is wrong, which it has been told
+ */
+export function keyOrProblem<Raw> (protection: HttpProtection<any, Raw>, request: HttpRequest<Raw>, response: ServerResponse): string | null | undefined {
+  try {
+    return protection.admit(request)
+  } catch (error) {
+    if (!(error instanceof IdempotencyError)) throw error
+    sendAnswer(response, protection.problem(error))
+    return undefined
+  }
+}
+
+/**
+ * Have a request handled by what writes to its response, and send what is to be sent.
+ *
+ * @param handle begins to handle the request; what it throws or rejects with rolls back
+ * @throws what `handle` throws; the response is then as it was before
+ */
+export async function handleCaptured<Tx, Raw> (
+  protection: HttpProtection<Tx, Raw>,
+  request: HttpRequest<Raw>,
+  key: string,
+  response: ServerResponse,
+  handle: (work: Protected<Tx>) => unknown
+): Promise<void> {
+  const collected = new Capture(response, protection.maxAnswer)
+  try {
+    const answer = await protection.run(request, key, async work => {
+      Promise.resolve(handle(work)).catch(error => collected.fail(error))
+      return await collected.answer
+    })
+    collected.send(answer)
+  } catch (error) {
+    collected.abandon()
+    throw error
+  }
+}
+
+/** Tell a client that the body of its request is too large; what is left of it is not read. */
+export function sendTooLarge (response: ServerResponse): void {
+  response.setHeader('connection', 'close')
+  sendAnswer(response, { status: 413, headers: {}, body: null })
+}
+
 /** Where a response has what is collected of it. */
 const capture = Symbol('capture')
 
@@ -71,11 +110,14 @@ interface CapturedResponse extends ServerResponse {
 }
 
 /** The answer that a handler is writing. */
-export class Capture {
+class Capture {
   readonly #response: CapturedResponse
   readonly #limit: number
   readonly #before: OutgoingHttpHeaders
   readonly #status: number
+  readonly #message: string
+  /** The reason phrase that the handler has given with its answer. */
+  #ownMessage = ''
   readonly #outer: Capture | undefined
   readonly #methods: Pick<ServerResponse, 'writeHead' | 'write' | 'end' | 'flushHeaders' | 'destroy'>
   #chunks: Array<Buffer | string> = []
@@ -93,6 +135,7 @@ export class Capture {
     this.#limit = limit
     this.#before = response.getHeaders()
     this.#status = response.statusCode
+    this.#message = response.statusMessage
     this.#outer = this.#response[capture]
     this.answer = new Promise((resolve, reject) => {
       this.#resolve = resolve
@@ -119,7 +162,10 @@ export class Capture {
     const response = this.#response
     this.abandon()
     if (response.headersSent || response.destroyed) return // the client has hung up
-    if (answer.own) for (const name of response.getHeaderNames()) response.removeHeader(name)
+    if (answer.own) {
+      response.statusMessage = this.#ownMessage
+      for (const name of response.getHeaderNames()) response.removeHeader(name)
+    }
     response.on('error', () => {}) // a handler that still writes
     sendAnswer(response, answer.own ? answer : exposingAlso(response, answer))
   }
@@ -131,6 +177,7 @@ export class Capture {
     response[capture] = this.#outer as Capture
     if (response.headersSent) return
     response.statusCode = this.#status
+    response.statusMessage = this.#message
     for (const name of response.getHeaderNames()) response.removeHeader(name)
     for (const [name, value] of Object.entries(this.#before)) if (value !== undefined) response.setHeader(name, value)
   }
@@ -152,6 +199,7 @@ export class Capture {
   end (): void {
     if (this.#ended) return
     this.#ended = true
+    this.#ownMessage = this.#response.statusMessage
     const [first = null] = this.#chunks
     this.#resolve({
       status: this.#response.statusCode,

@@ -11,11 +11,10 @@
  */
 
 import type { IncomingMessage, ServerResponse } from 'node:http'
-import { Capture, readBody, requestOf, sendAnswer } from './capture.js'
-import { IdempotencyError } from './errors.js'
+import { handleCaptured, keyOrProblem, readBody, requestOf, sendTooLarge } from './capture.js'
 import { HttpProtection } from './http.js'
 import type { HttpOptions, HttpRequest, Protected } from './http.js'
-import { isJson, textOf } from './http/message.js'
+import { isJson, mayHaveBody, textOf } from './http/message.js'
 import type { Idempotency } from './idempotency.js'
 
 declare global {
@@ -68,38 +67,16 @@ export function idempotent<Tx, Request extends ExpressRequest = any> (idempotenc
 
   async function protect (raw: Request, response: ServerResponse, next: (error?: any) => void): Promise<void> {
     const request = requestOf(raw, { route: routeOf(raw), params: raw.params, query: raw.query, body: null })
-    let key
-    try {
-      key = protection.admit(request)
-    } catch (error) {
-      if (!(error instanceof IdempotencyError)) throw error
-      sendAnswer(response, protection.problem(error))
-      return
-    }
-    if (key === null) {
-      next()
-      return
-    }
+    const key = keyOrProblem(protection, request, response)
+    if (key === undefined) return
+    if (key === null) return next()
     const came = await bodyOf(raw, limit, options.fingerprint !== undefined)
-    if (came === null) {
-      response.setHeader('connection', 'close')
-      sendAnswer(response, { status: 413, headers: {}, body: null })
-      return
-    }
+    if (came === null) return sendTooLarge(response)
     Object.assign(request, came)
-
-    const capture = new Capture(response, protection.maxAnswer)
-    try {
-      const answer = await protection.run(request, key, async work => {
-        raw.idempotency = work
-        next()
-        return await capture.answer
-      })
-      capture.send(answer)
-    } catch (error) {
-      capture.abandon()
-      throw error
-    }
+    await handleCaptured(protection, request, key, response, work => {
+      raw.idempotency = work
+      next()
+    })
   }
 }
 
@@ -117,7 +94,7 @@ function routeOf (request: ExpressRequest): string {
 async function bodyOf (request: ExpressRequest, limit: number, notCompared: boolean): Promise<Pick<HttpRequest, 'body' | 'parsed'> | null> {
   if (request.rawBody !== undefined) return { body: request.rawBody }
   if (request.readableEnded || request.body !== undefined) {
-    if (notCompared || !mayHaveBody(request)) return { body: null }
+    if (notCompared || !mayHaveBody(request.headers)) return { body: null }
     throw new Error('the body was parsed before the idempotency middleware could see it as it came: ' +
       'give the parser `verify: keepRawBody`, or put the middleware before it')
   }
@@ -137,8 +114,4 @@ async function bodyOf (request: ExpressRequest, limit: number, notCompared: bool
 
 function isEncoded (encoding: string | undefined): boolean {
   return encoding !== undefined && encoding.toLowerCase() !== 'identity'
-}
-
-function mayHaveBody (request: ExpressRequest): boolean {
-  return request.headers['transfer-encoding'] !== undefined || Number(request.headers['content-length'] ?? 0) > 0
 }

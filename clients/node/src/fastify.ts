@@ -29,6 +29,7 @@ import type { FastifyInstance, FastifyPluginAsync, FastifyReply, FastifyRequest,
 import { IdempotencyError, Refusal, isConflict } from './errors.js'
 import { HttpProtection, answerTooLarge } from './http.js'
 import type { Handled, HttpAnswer, HttpOptions, HttpRequest, Protected } from './http.js'
+import { mayHaveBody, valuesOf } from './http/message.js'
 import type { Idempotency } from './idempotency.js'
 import type { Headers } from './types.js'
 
@@ -149,15 +150,12 @@ class IncomingRequest implements HttpRequest<FastifyRequest> {
   }
 
   header (name: string): string[] {
-    const { rawHeaders } = this.raw.raw
-    return rawHeaders.filter((_, position) => position % 2 === 1 && rawHeaders[position - 1]?.toLowerCase() === name)
+    return valuesOf(this.raw.raw.rawHeaders, name)
   }
 
   /** @throws Error if the parser of the content type has left the body to the handler, as those of uploads do */
   get body (): Uint8Array | null {
-    const { headers } = this.raw
-    const expected = headers['transfer-encoding'] !== undefined || Number(headers['content-length'] ?? 0) > 0
-    if (!expected) return null
+    if (!mayHaveBody(this.raw.headers)) return null
     if (!this.#body.complete) throw new Error('the body is read by the handler, so it cannot be compared: give a `fingerprint` that does without it')
     return this.#body.content()
   }

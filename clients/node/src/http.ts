@@ -10,7 +10,7 @@
  * validation makes numbers of them, for that rounds as well.
  */
 
-import { AnswerTooLargeError, IdempotencyError, InFlightError, MismatchError } from './errors.js'
+import { AnswerTooLargeError, IdempotencyError } from './errors.js'
 import { answerOf, keptHeaders, replayOf } from './http/answer.js'
 import { fingerprintOf, pathsOf } from './http/fingerprint.js'
 import { keyMissing, keyOf } from './http/key.js'
@@ -18,6 +18,7 @@ import type { KeyForm } from './http/key.js'
 import type { HttpAnswer, HttpRequest } from './http/message.js'
 import { problemAnswer, problemJson } from './http/problem.js'
 import type { ProblemFormat } from './http/problem.js'
+import { outcomeOf } from './idempotency.js'
 import type { Idempotency } from './idempotency.js'
 import type { Claim } from './lease.js'
 import type { Headers, OutcomeEvent, Request, Result, Scope } from './types.js'
@@ -182,8 +183,7 @@ export class HttpProtection<Tx, Raw> {
       return this.#handled(request, own ? answer as HttpAnswer : this.#replay(result), own, result.outcome, null)
     } catch (error) {
       if (!(error instanceof IdempotencyError)) throw error
-      const outcome = error instanceof InFlightError ? 'in_flight' : error instanceof MismatchError ? 'mismatched' : 'failed'
-      return this.#handled(request, this.problem(error), false, outcome, error)
+      return this.#handled(request, this.problem(error), false, outcomeOf(error), error)
     }
   }
 

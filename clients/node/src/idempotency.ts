@@ -158,7 +158,7 @@ export class Idempotency<Tx> {
     let undo: KeptAnswer | null = null
 
     progress.phase = 'begin'
-    const begin = this.statements.begin(scope, request, { wait: options.wait ?? this.#options.wait })
+    const begin = this.statements.begin(scope, request, options.wait ?? this.#options.wait)
     try {
       const row = await this.#database.transaction(begin, async (tx, row = {}) => {
         if (row['outcome'] !== 'started') {
@@ -330,7 +330,7 @@ export class Idempotency<Tx> {
    * @throws InFlightError, MismatchError and so on; roll back
    */
   async begin (tx: Queryable, scope: Scope, request: Request, options: { wait?: string | null } = {}): Promise<Begun> {
-    const { text, values } = this.statements.begin(scope, request, { wait: options.wait ?? this.#options.wait })
+    const { text, values } = this.statements.begin(scope, request, options.wait ?? this.#options.wait)
     try {
       const { rows: [row = {}] } = await tx.query(text, values)
       return row['outcome'] === 'started' ? { started: true, result: null } : { started: false, result: this.#foundResult(row) }
@@ -420,8 +420,7 @@ export class Idempotency<Tx> {
       return result
     } catch (reason) {
       const error = asIdempotencyError(reason)
-      const outcome = error instanceof InFlightError ? 'in_flight' : error instanceof MismatchError ? 'mismatched' : 'failed'
-      event = { outcome, status: error instanceof IdempotencyError ? error.status : null, error }
+      event = { outcome: outcomeOf(error), status: error instanceof IdempotencyError ? error.status : null, error }
       throw error
     } finally {
       if (event) this.#tell({ ...event, scope, duration: performance.now() - since })
@@ -436,6 +435,11 @@ export class Idempotency<Tx> {
       warn(error)
     }
   }
+}
+
+/** What an error says became of a request. */
+export function outcomeOf (error: unknown): 'in_flight' | 'mismatched' | 'failed' {
+  return error instanceof InFlightError ? 'in_flight' : error instanceof MismatchError ? 'mismatched' : 'failed'
 }
 
 /** No JSON, or none that jsonb can hold: a NUL character, a number out of range, nested too deeply. */

@@ -43,6 +43,7 @@ import type { Observable } from 'rxjs'
 import { IdempotencyError } from './errors.js'
 import { HttpProtection, answerTooLarge } from './http.js'
 import type { Handled, HttpAnswer, HttpOptions, HttpRequest, Protected } from './http.js'
+import { mayHaveBody, valuesOf } from './http/message.js'
 import { Idempotency } from './idempotency.js'
 import type { Headers } from './types.js'
 
@@ -293,7 +294,7 @@ export class IdempotencyInterceptor implements NestInterceptor, OnModuleInit {
       route: this.getRoute(context),
       params: request.params,
       query: request.query,
-      header: name => message.headersDistinct[name] ?? [],
+      header: name => valuesOf(message.rawHeaders, name),
       body: null
     }
   }
@@ -314,8 +315,7 @@ export class IdempotencyInterceptor implements NestInterceptor, OnModuleInit {
   #rawBody (context: ExecutionContext, { ownFingerprint }: Route): Uint8Array | null {
     const { rawBody, body, headers } = this.getRequest(context)
     if (rawBody !== undefined) return rawBody
-    const isEmpty = headers['transfer-encoding'] === undefined && Number(headers['content-length'] ?? 0) === 0
-    if (isEmpty || ownFingerprint) return null
+    if (!mayHaveBody(headers) || ownFingerprint) return null
     if (body === undefined || body === null) {
       throw new UnsupportedMediaTypeException(`a body of type ${headers['content-type']} is not read here`)
     }

@@ -1,8 +1,7 @@
 /** Protecting handlers of `node:http`. */
 
 import type { IncomingMessage, ServerResponse } from 'node:http'
-import { Capture, readBody, requestOf, sendAnswer } from './capture.js'
-import { IdempotencyError } from './errors.js'
+import { handleCaptured, keyOrProblem, readBody, requestOf, sendTooLarge } from './capture.js'
 import { HttpProtection } from './http.js'
 import type { HttpOptions, Protected } from './http.js'
 import type { Idempotency } from './idempotency.js'
@@ -41,37 +40,12 @@ export function idempotentHandler<Tx> (
   return async (raw, response) => {
     const url = new URL(raw.url ?? '/', 'http://localhost')
     const body = await readBody(raw, limit)
-    if (body === null) {
-      response.setHeader('connection', 'close')
-      sendAnswer(response, { status: 413, headers: {}, body: null })
-      return
-    }
+    if (body === null) return sendTooLarge(response)
     const request = requestOf(raw, { route: options.route ?? url.pathname, params: {}, query: queryOf(url, options.route), body })
-
-    let key
-    try {
-      key = protection.admit(request)
-    } catch (error) {
-      if (!(error instanceof IdempotencyError)) throw error
-      sendAnswer(response, protection.problem(error))
-      return
-    }
-    if (key === null) {
-      await handler(raw, response, { body, work: null })
-      return
-    }
-
-    const capture = new Capture(response, protection.maxAnswer)
-    try {
-      const answer = await protection.run(request, key, async work => {
-        Promise.resolve(handler(raw, response, { body, work })).catch(error => capture.fail(error))
-        return await capture.answer
-      })
-      capture.send(answer)
-    } catch (error) {
-      capture.abandon()
-      throw error
-    }
+    const key = keyOrProblem(protection, request, response)
+    if (key === undefined) return
+    if (key === null) await handler(raw, response, { body, work: null })
+    else await handleCaptured(protection, request, key, response, work => handler(raw, response, { body, work }))
   }
 }
 

@@ -3,8 +3,9 @@
  *
  * A statement names only the arguments that it has, so that the few forms which an application really
  * uses are prepared once in each connection. Every `$n` comes once and in order, as some ORMs put `?` in
- * their places. Results are read as text where drivers would make something else of them: a replayed
- * answer is the same bytes.
+ * their places. JSON goes as a text that is cast, since some drivers would make JSON of a text once more.
+ * Results are read as text where drivers would make something else of them: a replayed answer is the same
+ * bytes.
  */
 
 import { createHash } from 'node:crypto'
@@ -39,18 +40,13 @@ function quoteIdentifier (name: string): string {
 }
 
 /** A text array as PostgreSQL writes one: drivers differ in what they make of an array. */
-export function arrayText (values: readonly string[]): string {
+function arrayText (values: readonly string[]): string {
   return `{${values.map(value => `"${value.replace(/["\\]/g, '\\$&')}"`).join(',')}}`
 }
 
 /** A literal without characters that some driver takes for a placeholder. */
 function quoteLiteral (value: string): string {
   return `E'${value.replace(/[!-+\-./:-@[-^`|~]/g, character => `\\x${character.charCodeAt(0).toString(16).padStart(2, '0')}`)}'`
-}
-
-export interface BeginOptions {
-  /** How long to wait for a request in flight, as PostgreSQL writes an interval. */
-  wait?: string | null | undefined
 }
 
 /** The calls, in the schema of the extension. */
@@ -99,7 +95,7 @@ export class Statements {
     return [['tenant', 'text', tenant], ['action', 'text', action], ['key', 'text', key]]
   }
 
-  begin (scope: Scope, request: Request, { wait }: BeginOptions): Statement {
+  begin (scope: Scope, request: Request, wait?: string | null): Statement {
     const compared = fingerprint(request)
     return this.#call(ANSWER, 'idempotency_try_begin', 3, [...this.#scope(scope),
       ...(compared ? [compared.argument] : []),

@@ -270,6 +270,18 @@ describe('express', () => {
     }
   })
 
+  test('sends the reason phrase of the handler with its answer, and with no other', async () => {
+    const service = await serve(async (req, res) => {
+      if (service.count > 1) await req.idempotency.tx.query('SELECT 1/0').catch(() => {})
+      res.writeHead(201, 'Well Done')
+      res.end('x')
+    })
+    for (const [status, reason] of [[201, 'Well Done'], [500, 'Internal Server Error']]) {
+      const response = await fetch(service.url, { method: 'POST', headers: { 'idempotency-key': randomUUID() } })
+      assert.deepEqual([response.status, response.statusText], [status, reason])
+    }
+  })
+
   test('takes cookies and all back when the commit fails', async () => {
     const service = await serve(async (req, res) => {
       await req.idempotency.tx.query('SELECT 1/0').catch(() => {})
@@ -297,9 +309,22 @@ describe('express', () => {
         await sleep(1)
       }
       res.end()
-    }, { options: { maxAnswer: 1000 } })
-    assert.equal((await post(service.url)).status, 500)
-    await sleep(100)
+    }, {
+      options: { maxAnswer: 1000 },
+      use: [async (req, res, next) => {
+        if (req.path !== '/slow') return next()
+        await sleep(500)
+        res.end('slow')
+      }]
+    })
+    // the problem waits for the answer before it on the connection, and the handler goes on meanwhile
+    const { port } = new URL(service.url)
+    const socket = net.connect(port, '127.0.0.1')
+    const head = key => `POST /orders/1 HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\nIdempotency-Key: ${key}\r\n`
+    socket.write(`GET /slow HTTP/1.1\r\nHost: x\r\n\r\n${head(randomUUID())}Connection: close\r\n\r\n`)
+    let answers = ''
+    for await (const chunk of socket) answers += chunk
+    assert.match(answers, /^HTTP\/1.1 200 .*slow.*HTTP\/1.1 500 .*ANSWER_TOO_LARGE/s)
     assert.equal((await post(service.url)).status, 500)
   })
 

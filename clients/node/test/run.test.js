@@ -205,7 +205,7 @@ for (const [kind, [poolOptions, clientOptions]] of Object.entries(kinds)) {
     })
 
     test('names what is wrong with key and request', async () => {
-      await assert.rejects(idempotency.run(scopeOf(' '), null, fail), error => [400, 'ID002'].includes(error.status) || error instanceof KeyInvalidError)
+      await assert.rejects(idempotency.run(scopeOf(' '), null, fail), KeyInvalidError)
       await assert.rejects(idempotency.run(scopeOf(''), null, fail), { code: 'IDEMPOTENCY_KEY_MISSING', status: 400 })
       await assert.rejects(idempotency.run(scopeOf('ä'), null, fail), KeyInvalidError)
       await assert.rejects(idempotency.run(scopeOf(), '{"a":', fail), RequestInvalidError)

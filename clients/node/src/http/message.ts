@@ -1,5 +1,6 @@
 /** Requests and answers of HTTP, as all frameworks' adapters make and take them. */
 
+import type { IncomingHttpHeaders } from 'node:http'
 import type { Headers } from '../types.js'
 
 /** A request, as far as it has to be looked at. `Raw` is the framework's own object. */
@@ -30,6 +31,21 @@ export interface HttpAnswer {
 /** Whether a content type is JSON: `application/json`, `application/problem+json` and the like. */
 export function isJson (contentType: string | undefined): boolean {
   return contentType !== undefined && /^[^;]*[/+]json\s*(?:;|$)/i.test(contentType)
+}
+
+/** The values of a header field, one for each time that it was sent: Node's `headers` join them. @param name in lower case */
+export function valuesOf (rawHeaders: readonly string[], name: string): string[] {
+  const values: string[] = []
+  for (let n = 0; n < rawHeaders.length; n += 2) {
+    const sent = rawHeaders[n] as string
+    if (sent.length === name.length && sent.toLowerCase() === name) values.push(rawHeaders[n + 1] as string)
+  }
+  return values
+}
+
+/** Whether a request of `node:http` says that a body comes with it. */
+export function mayHaveBody (headers: IncomingHttpHeaders): boolean {
+  return headers['transfer-encoding'] !== undefined || Number(headers['content-length'] ?? 0) > 0
 }
 
 /** A body as text. */
