@@ -56,6 +56,9 @@ export interface RunOptions {
   rerun?: boolean
 }
 
+/** How long the server may take to notice that a connection is lost and to roll its transaction back. */
+const TO_NOTICE = '5s'
+
 /** What begin found: work to be done, or the answer of an earlier request. */
 export type Begun = { started: true, result: null } | { started: false, result: Result }
 
@@ -100,6 +103,8 @@ interface Progress {
   unknown: CommitUnknownError | null
   /** How many times the connection was lost before anything was done. */
   lost: number
+  /** How long the next attempt waits: after a lost connection the claim may still be that of the one before. */
+  wait: string | null
   /** Whether the work was called. */
   ran: boolean
   last: unknown
@@ -141,7 +146,7 @@ export class Idempotency<Tx> {
   async run (scope: Scope, request: Request, work: (tx: Tx) => Promise<Answer | Result | void> | Answer | Result | void, options: RunOptions = {}): Promise<Result> {
     this.#refuseInsideWork('run')
     return this.#observed(scope, async () => {
-      const progress: Progress = { phase: 'begin', tries: 0, unknown: null, lost: 0, ran: false, last: null }
+      const progress: Progress = { phase: 'begin', tries: 0, unknown: null, lost: 0, wait: null, ran: false, last: null }
       for (;;) {
         try {
           return await this.#attempt(scope, request, work, options, progress)
@@ -158,7 +163,7 @@ export class Idempotency<Tx> {
     let undo: KeptAnswer | null = null
 
     progress.phase = 'begin'
-    const begin = this.statements.begin(scope, request, options.wait ?? this.#options.wait)
+    const begin = this.statements.begin(scope, request, options.wait ?? this.#options.wait ?? progress.wait)
     try {
       const row = await this.#database.transaction(begin, async (tx, row = {}) => {
         if (row['outcome'] !== 'started') {
@@ -207,6 +212,7 @@ export class Idempotency<Tx> {
 
   /** Return if the transaction is to be tried again after an error, else throw what to say. */
   async #tryAgainOrThrow (error: unknown, options: RunOptions, progress: Progress): Promise<void> {
+    if (error instanceof CommitUnknownError || isConnectionLost(error)) progress.wait = TO_NOTICE
     if (error instanceof ConflictError || error instanceof InFlightError || error instanceof MismatchError) throw error
 
     if (error instanceof CommitUnknownError && progress.unknown === null) {

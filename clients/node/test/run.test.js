@@ -379,6 +379,23 @@ for (const [kind, [poolOptions, clientOptions]] of Object.entries(kinds)) {
         assert.deepEqual(pick(result), ['replayed', 201, '"kept"'])
       })
 
+      test('and the server has not noticed: waits until it has, and runs the work again', async () => {
+        const scope = scopeOf()
+        proxy.cutWhen(beforeStatement(/idempotency_finish/), { noticed: false })
+        let calls = 0
+        const run = client.run(scope, null, async tx => {
+          await insert(tx, scope)
+          return { status: 201, json: ++calls }
+        })
+        const waits = "SELECT pid FROM pg_locks WHERE locktype = 'userlock' AND NOT granted"
+        await Promise.race([run, (async () => {
+          while ((await database.pool.query(waits)).rows.length === 0) await sleep(5)
+        })()])
+        proxy.letServerNotice()
+        assert.deepEqual(pick(await run), ['completed', 201, '2'])
+        assert.equal(await ordersOf(scope), 1)
+      })
+
       test('before finish has arrived: runs the work again, or says that it has to be repeated', async () => {
         for (const rerun of [true, false]) {
           const scope = scopeOf()

@@ -75,8 +75,10 @@ class CutProxy {
   #target
   #listener
   #connections = new Set()
+  #unnoticed = new Set()
   #condition
   #times = 0
+  #noticed = true
 
   constructor (target) {
     this.#target = target
@@ -109,10 +111,19 @@ class CutProxy {
    * @param {(message: object) => boolean | number} condition
    * @param {object} [options]
    * @param {number} [options.times] how many connections to cut, by default one
+   * @param {boolean} [options.noticed] false if only the client finds the
+   *   connection closed, and the server not before `letServerNotice`
    */
-  cutWhen (condition, { times = 1 } = {}) {
+  cutWhen (condition, { times = 1, noticed = true } = {}) {
     this.#condition = condition
     this.#times = times
+    this.#noticed = noticed
+  }
+
+  /** Close the server's side of connections that were cut unnoticed. */
+  letServerNotice () {
+    for (const server of this.#unnoticed) server.end()
+    this.#unnoticed.clear()
   }
 
   /** Cut all connections that are open now, whatever the server is at. */
@@ -142,7 +153,10 @@ class CutProxy {
       // the server closes its side in turn, and then the client's is closed
       cut: () => {
         connection.isOpen = false
-        server.end()
+        if (this.#noticed) return server.end()
+        this.#unnoticed.add(server)
+        client.off('close', connection.close)
+        client.destroy()
       },
       close: () => {
         connection.isOpen = false
