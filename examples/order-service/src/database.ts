@@ -1,6 +1,6 @@
 /** The database: its pool, its transactions, and the tables of the service. */
 import pg from 'pg'
-import { isConnectionLost } from 'pg-idempotency'
+import { RolledBackError, isConnectionLost } from 'pg-idempotency'
 import type { Queryable } from 'pg-idempotency'
 
 /** A pool for DATABASE_URL. Who waits longer than two seconds for a connection is told to come back. */
@@ -23,7 +23,8 @@ export async function inTransaction<T> (pool: pg.Pool, work: (tx: Queryable) => 
   try {
     await client.query('BEGIN')
     const result = await work(client)
-    await client.query('COMMIT')
+    const { command } = await client.query('COMMIT')
+    if (command !== 'COMMIT') throw new RolledBackError('an error in the transaction had been swallowed')
     return result
   } catch (error) {
     await client.query('ROLLBACK').catch(() => { broken = true })
