@@ -1,0 +1,57 @@
+"""Work that is done once, however often its request comes: the client of the PostgreSQL extension "idempotency"."""
+
+from ._claims import Claim
+from .errors import (
+    AnswerTooLargeError,
+    ClaimLostError,
+    CommitUnknownError,
+    ConflictError,
+    IdempotencyError,
+    InFlightError,
+    KeyInvalidError,
+    KeyMissingError,
+    MismatchError,
+    OutOfOrderError,
+    Refusal,
+    RequestInvalidError,
+    RolledBackError,
+    UnavailableError,
+    UnfinishedError,
+    sqlstate_of,
+)
+from .sync import LeasedClaim, first_seen, idempotent, lease, run, status, store
+from .types import Answer, Digest, JsonRequest, RawJson, Recovery, Scope, Status
+
+__all__ = [
+    "Answer",
+    "AnswerTooLargeError",
+    "Claim",
+    "ClaimLostError",
+    "CommitUnknownError",
+    "ConflictError",
+    "Digest",
+    "IdempotencyError",
+    "InFlightError",
+    "JsonRequest",
+    "KeyInvalidError",
+    "KeyMissingError",
+    "LeasedClaim",
+    "MismatchError",
+    "OutOfOrderError",
+    "RawJson",
+    "Recovery",
+    "Refusal",
+    "RequestInvalidError",
+    "RolledBackError",
+    "Scope",
+    "Status",
+    "UnavailableError",
+    "UnfinishedError",
+    "first_seen",
+    "idempotent",
+    "lease",
+    "run",
+    "sqlstate_of",
+    "status",
+    "store",
+]

@@ -1,0 +1,5 @@
+"""Whose a request is."""
+
+
+def actor_of(request):
+    return request.user.pk
