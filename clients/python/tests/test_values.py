@@ -26,7 +26,7 @@ from pg_idempotency import (
     store,
 )
 from psycopg.rows import dict_row
-from support import Database, connected, created_database, execute, is_idle, new_scope
+from support import Database, connected, created_database, is_idle, new_scope
 
 
 def ask(connection: Any, scope: Scope, request: Any = None, answer: Answer = Answer(201), **arguments: Any) -> Answer:
