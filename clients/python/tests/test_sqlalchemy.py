@@ -135,6 +135,21 @@ def test_inside_the_transaction_of_the_caller(session: Any, scope: Any, orders: 
         assert claim.replayed
 
 
+def test_the_commit_of_the_caller_commits_all(session: Any, scope: Any, orders: Any) -> None:
+    # with a savepoint in progress, commit() of SQLAlchemy 1.4 would release that and commit nothing
+    session.add(Order(sku="before"))
+    with idempotent(session, scope, commit=False) as claim:
+        session.add(Order(sku="inside"))
+        claim.finish(201)
+    session.commit()
+    assert orders() == ["before", "inside"]
+    with idempotent(session, scope, commit=False) as claim:
+        assert claim.replayed
+    session.add(Order(sku="after"))
+    session.commit()
+    assert orders() == ["before", "inside", "after"]
+
+
 def test_a_constraint_that_fails_at_commit_leaves_nothing(session: Any, scope: Any, orders: Any) -> None:
     with pytest.raises(sqlalchemy.exc.IntegrityError) as caught:
         with idempotent(session, scope) as claim:

@@ -63,6 +63,9 @@ class Session(Protocol):
     def undo(self) -> Any:
         """Undo what was done since the savepoint."""
 
+    def leave_savepoint(self) -> Any:
+        """Forget the savepoint, before the caller commits. A connection has no need to: COMMIT does it."""
+
 
 # libpq's PQtransactionStatus, which both drivers hand out as a number
 _IDLE = 0
@@ -116,6 +119,9 @@ class _DriverSession:
 
     def undo(self) -> None:
         self._execute(_UNDO)
+
+    def leave_savepoint(self) -> None:
+        pass
 
     def _execute(self, statement: Statement) -> Any:
         """Send a statement over a plain cursor, whatever the connection makes by default."""
@@ -247,6 +253,9 @@ class AsyncPsycopgSession:
 
     async def undo(self) -> None:
         await self._execute(_UNDO)
+
+    async def leave_savepoint(self) -> None:
+        pass
 
     async def _execute(self, statement: Statement) -> Any:
         return await self.connection.cursor(row_factory=self._row).execute(statement.text, statement.values or None)

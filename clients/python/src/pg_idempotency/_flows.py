@@ -121,6 +121,8 @@ def leave(
             (row,) = yield session.fetch(settings.statements.finish(claim.scope, answer))
             if settings.commit:
                 yield session.commit()
+            else:
+                yield session.leave_savepoint()
             claim.answer = replace(answer, outcome=row["outcome"])
     except BaseException as wrong:
         yield from _undo(session, settings)

@@ -36,8 +36,8 @@ class SqlAlchemySession:
         self._session.begin()
 
     def fetch(self, statement: Statement) -> list[Row]:
-        self._session.flush()
         try:
+            self._session.flush()
             result = self._session.connection().exec_driver_sql(statement.text, statement.values)
             return [dict(row) for row in result.mappings()]
         except Exception as error:
@@ -61,6 +61,11 @@ class SqlAlchemySession:
 
     def undo(self) -> None:
         self._savepoint.rollback()
+
+    def leave_savepoint(self) -> None:
+        # commit() of SQLAlchemy 1.4 would end the savepoint, if it is in progress, and commit nothing
+        if self._savepoint.is_active:
+            self._savepoint.commit()
 
     def _note(self, error: Exception) -> NoReturn:
         """Remember that the connection is lost, if that is what an error says."""

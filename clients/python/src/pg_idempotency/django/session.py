@@ -134,3 +134,6 @@ class DjangoSession(Session):
         """Undo what was done since the savepoint, an error that Django has marked the transaction for included."""
         self.connection.needs_rollback = False
         transaction.savepoint_rollback(self._savepoint, using=self._using)
+
+    def leave_savepoint(self) -> None:
+        """Nothing is to be done: COMMIT ends it."""
