@@ -17,12 +17,15 @@ OBJS = \
 	src/background/worker.o \
 	src/background/worker_shared.o \
 	src/background/worker_status.o \
+	src/call/at_owner.o \
 	src/call/begin.o \
 	src/call/checkpoint.o \
 	src/call/event_key.o \
 	src/call/finish.o \
 	src/call/first_seen.o \
 	src/call/forget.o \
+	src/call/forward.o \
+	src/call/handler.o \
 	src/call/keep.o \
 	src/call/replay.o \
 	src/call/request.o \
@@ -33,6 +36,7 @@ OBJS = \
 	src/claim/guard.o \
 	src/claim/in_flight.o \
 	src/claim/lease.o \
+	src/claim/lock.o \
 	src/claim/wake.o \
 	src/idempotency.o \
 	src/observe/event.o \
@@ -42,6 +46,7 @@ OBJS = \
 	src/observe/log.o \
 	src/observe/metrics.o \
 	src/observe/metrics_file.o \
+	src/observe/records.o \
 	src/request/arguments.o \
 	src/request/fingerprint.o \
 	src/request/scope.o \
@@ -50,8 +55,13 @@ OBJS = \
 	src/settings.o \
 	src/shared_memory.o \
 	src/store/catalog.o \
+	src/store/direct.o \
+	src/store/distribute.o \
 	src/store/find.o \
 	src/store/owner.o \
+	src/store/record.o \
+	src/store/sharded.o \
+	src/store/shards.o \
 	src/store/store.o \
 	src/transaction.o
 

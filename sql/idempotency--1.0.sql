@@ -411,6 +411,28 @@ LANGUAGE C VOLATILE PARALLEL UNSAFE;
 COMMENT ON FUNCTION idempotency_unschedule() IS
 'drop the job of pg_cron that sweeps this database; returns whether there was one';
 
+CREATE FUNCTION idempotency_distribute(
+    colocate_with regclass DEFAULT NULL
+) RETURNS void
+AS 'MODULE_PATHNAME'
+LANGUAGE C VOLATILE PARALLEL UNSAFE;
+
+COMMENT ON FUNCTION idempotency_distribute(regclass) IS
+'have Citus keep the records of a tenant on one node, together with its rows in a table of the application; call it again for new nodes and new rights';
+
+-- Citus sends a call of this to the node of the tenant, which must not be null.
+CREATE FUNCTION idempotency_at_owner(
+    tenant text,
+    call text,
+    arguments text[],
+    settings text[]
+) RETURNS text
+AS 'MODULE_PATHNAME'
+LANGUAGE C VOLATILE STRICT PARALLEL UNSAFE;
+
+COMMENT ON FUNCTION idempotency_at_owner(text, text, text[], text[]) IS
+'carries a call to the node of a tenant; nobody but the other functions calls it';
+
 CREATE FUNCTION idempotency_in_flight(
     OUT pid int,
     OUT tenant text,
@@ -453,6 +475,49 @@ LANGUAGE C VOLATILE PARALLEL SAFE;
 
 COMMENT ON FUNCTION idempotency_worker_status() IS
 'what sweeps this database in the background, what the last sweep did, and why the last worker that failed did';
+
+CREATE FUNCTION idempotency_leases(
+    OUT tenant text,
+    OUT actor text,
+    OUT action text,
+    OUT key text,
+    OUT attempt int,
+    OUT recovery_point text,
+    OUT created_at timestamptz,
+    OUT lease_expires_at timestamptz
+) RETURNS SETOF record
+AS 'MODULE_PATHNAME'
+LANGUAGE C VOLATILE PARALLEL UNSAFE;
+
+COMMENT ON FUNCTION idempotency_leases() IS
+'leases on this node that are in flight or ran out';
+
+CREATE FUNCTION idempotency_record_counts(
+    OUT pending bigint,
+    OUT completed bigint,
+    OUT errored bigint,
+    OUT leased bigint,
+    OUT stalled bigint
+)
+AS 'MODULE_PATHNAME'
+LANGUAGE C VOLATILE PARALLEL UNSAFE;
+
+COMMENT ON FUNCTION idempotency_record_counts() IS
+'records on this node by state, and how many of those that are pending have a lease in flight, or one that ran out';
+
+CREATE FUNCTION idempotency_storage(
+    OUT distributed boolean,
+    OUT nodes int,
+    OUT problem text,
+    OUT table_size bigint,
+    OUT index_size bigint,
+    OUT oldest_expired_at timestamptz
+)
+AS 'MODULE_PATHNAME'
+LANGUAGE C VOLATILE PARALLEL UNSAFE;
+
+COMMENT ON FUNCTION idempotency_storage() IS
+'whether records are distributed over a cluster, over how many nodes, why calls are refused if they are, bytes on this node, and when the oldest record expired that is not swept';
 
 --
 -- Metrics
@@ -619,9 +684,8 @@ CREATE VIEW @extschema@.idempotency_in_flight AS
     FROM held
     UNION ALL
     SELECT NULL, tenant, actor, action, key, attempt, created_at, lease_expires_at
-    FROM @extschema@.idempotency_key AS k
-    WHERE state = 'pending'
-      AND lease_expires_at > clock_timestamp()
+    FROM @extschema@.idempotency_leases() AS k
+    WHERE lease_expires_at > clock_timestamp()
       AND NOT EXISTS (
           SELECT FROM held AS h
           WHERE h.tenant = k.tenant AND h.action = k.action
@@ -649,10 +713,8 @@ COMMENT ON COLUMN @extschema@.idempotency_in_flight.lease_expires_at IS
 CREATE VIEW @extschema@.idempotency_stalled AS
     SELECT tenant, actor, action, key, attempt, recovery_point,
            created_at AS started_at, lease_expires_at
-    FROM @extschema@.idempotency_key
-    WHERE state = 'pending'
-      AND lease_expires_at <= clock_timestamp()
-      AND expires_at > clock_timestamp();
+    FROM @extschema@.idempotency_leases()
+    WHERE lease_expires_at <= clock_timestamp();
 
 COMMENT ON VIEW @extschema@.idempotency_stalled IS
 'leases that ran out and wait for the next repeat to take them over';
@@ -774,9 +836,13 @@ CREATE VIEW @extschema@.idempotency_health AS
            o.oldest_expired_at,
            r.leased + c.held AS in_flight,
            r.stalled,
-           pg_table_size('@extschema@.idempotency_key') AS table_size,
-           pg_indexes_size('@extschema@.idempotency_key') AS index_size,
+           o.table_size,
+           o.index_size,
            array_remove(ARRAY[
+               'calls are refused: ' || o.problem,
+               CASE WHEN o.nodes > 1 AND NOT o.distributed AND o.problem IS NULL THEN
+                   'records are not distributed over the nodes of the cluster: each node has its own, and runs a request again; see idempotency_distribute'
+               END,
                CASE w.state
                    WHEN 'not preloaded' THEN
                        'library is not preloaded: nothing is swept or counted in the background'
@@ -829,10 +895,7 @@ CREATE VIEW @extschema@.idempotency_health AS
     CROSS JOIN @extschema@.idempotency_worker_status() AS w
     CROSS JOIN @extschema@.idempotency_tracking() AS t
     CROSS JOIN @extschema@.idempotency_metrics_room() AS m
-    LEFT JOIN (
-        SELECT min(expires_at) AS oldest_expired_at
-        FROM @extschema@.idempotency_key
-        WHERE expires_at <= statement_timestamp()) AS o ON true
+    CROSS JOIN @extschema@.idempotency_storage() AS o
     LEFT JOIN (
         SELECT sum(stalled_leases) AS stalled
         FROM @extschema@.idempotency_stats()) AS l ON true
@@ -841,17 +904,10 @@ CREATE VIEW @extschema@.idempotency_health AS
         FROM @extschema@.idempotency_in_flight()
         WHERE lease_expires_at IS NULL) AS c ON true
     LEFT JOIN (
-        SELECT count(*) FILTER (WHERE state = 'pending') AS pending,
-               count(*) FILTER (WHERE state = 'completed') AS completed,
-               count(*) FILTER (WHERE state = 'errored') AS errored,
-               count(*) FILTER (
-                   WHERE state = 'pending'
-                     AND lease_expires_at > statement_timestamp()) AS leased,
-               count(*) FILTER (
-                   WHERE state = 'pending'
-                     AND lease_expires_at <= statement_timestamp()
-                     AND expires_at > statement_timestamp()) AS stalled
-        FROM @extschema@.idempotency_key) AS r ON true
+        SELECT max(pending) AS pending, max(completed) AS completed,
+               max(errored) AS errored, max(leased) AS leased,
+               max(stalled) AS stalled
+        FROM @extschema@.idempotency_record_counts()) AS r ON true
     WHERE e.extname = 'idempotency';
 
 COMMENT ON VIEW @extschema@.idempotency_health IS
@@ -915,11 +971,16 @@ REVOKE ALL ON FUNCTION idempotency_request_hash FROM PUBLIC;
 REVOKE ALL ON FUNCTION idempotency_event_key FROM PUBLIC;
 REVOKE ALL ON FUNCTION idempotency_forget FROM PUBLIC;
 REVOKE ALL ON PROCEDURE idempotency_sweep FROM PUBLIC;
+REVOKE ALL ON FUNCTION idempotency_distribute FROM PUBLIC;
+REVOKE ALL ON FUNCTION idempotency_at_owner FROM PUBLIC;
 REVOKE ALL ON FUNCTION idempotency_schedule FROM PUBLIC;
 REVOKE ALL ON FUNCTION idempotency_unschedule FROM PUBLIC;
 REVOKE ALL ON FUNCTION idempotency_in_flight FROM PUBLIC;
 REVOKE ALL ON FUNCTION idempotency_tracking FROM PUBLIC;
 REVOKE ALL ON FUNCTION idempotency_worker_status FROM PUBLIC;
+REVOKE ALL ON FUNCTION idempotency_leases FROM PUBLIC;
+REVOKE ALL ON FUNCTION idempotency_record_counts FROM PUBLIC;
+REVOKE ALL ON FUNCTION idempotency_storage FROM PUBLIC;
 REVOKE ALL ON FUNCTION idempotency_histogram_add FROM PUBLIC;
 REVOKE ALL ON FUNCTION idempotency_histogram_sum FROM PUBLIC;
 REVOKE ALL ON FUNCTION idempotency_percentile FROM PUBLIC;
@@ -935,6 +996,9 @@ GRANT SELECT ON idempotency_health TO pg_monitor;
 GRANT EXECUTE ON FUNCTION idempotency_in_flight TO pg_monitor;
 GRANT EXECUTE ON FUNCTION idempotency_tracking TO pg_monitor;
 GRANT EXECUTE ON FUNCTION idempotency_worker_status TO pg_monitor;
+GRANT EXECUTE ON FUNCTION idempotency_leases TO pg_monitor;
+GRANT EXECUTE ON FUNCTION idempotency_record_counts TO pg_monitor;
+GRANT EXECUTE ON FUNCTION idempotency_storage TO pg_monitor;
 GRANT EXECUTE ON FUNCTION idempotency_histogram_add TO pg_monitor;
 GRANT EXECUTE ON FUNCTION idempotency_histogram_sum TO pg_monitor;
 GRANT EXECUTE ON FUNCTION idempotency_percentile TO pg_monitor;

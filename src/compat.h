@@ -48,6 +48,11 @@
 #define DATCONNLIMIT_INVALID_DB	(-2)
 #endif
 
+#if PG_VERSION_NUM < 180000
+/* replaces pg_attribute_noreturn(), which stood behind the declaration */
+#define pg_noreturn __attribute__((noreturn))
+#endif
+
 #if PG_VERSION_NUM < 190000
 
 /* ShmemInitHash() lost the initial size */

@@ -9,6 +9,7 @@
 
 #include "background/launcher.h"
 #include "background/worker_status.h"
+#include "call/forward.h"
 #include "call/scan.h"
 #include "claim/claim.h"
 #include "claim/in_flight.h"
@@ -57,4 +58,5 @@ _PG_init(void)
 	MetricsInit();
 	FlushInit();
 	ScanInit();
+	ForwardInit();
 }

@@ -49,6 +49,7 @@ int			idempotency_key_max_length;
 int			idempotency_max_response_size;
 char	   *idempotency_retryable_status;
 bool		idempotency_commit_guard;
+bool		idempotency_forward_handlers;
 char	   *idempotency_tenant;
 int			idempotency_sweep_batch_size;
 bool		idempotency_worker;
@@ -298,6 +299,13 @@ define_answer_settings(const ListHooks *retryable_status)
 							1, 1, 60 * 60,
 							PGC_USERSET, GUC_UNIT_S,
 							NULL, NULL, NULL);
+	DefineCustomBoolVariable("idempotency.forward_handlers",
+							 "Has a handler called on the node of its tenant, on a cluster.",
+							 "When off, it is called on the node that the call of idempotency_run came to.",
+							 &idempotency_forward_handlers,
+							 false,
+							 PGC_USERSET, 0,
+							 NULL, NULL, NULL);
 	DefineCustomStringVariable("idempotency.retryable_status",
 							   "Lists the statuses after which a request may be run again.",
 							   "Statuses from 400 to 599, and the classes 4xx and 5xx.",

@@ -51,6 +51,7 @@ extern int	idempotency_key_min_length; /* bytes */
 extern int	idempotency_key_max_length; /* bytes */
 extern int	idempotency_max_response_size;	/* bytes */
 extern char *idempotency_retryable_status;
+extern bool idempotency_forward_handlers;
 extern bool idempotency_commit_guard;
 extern char *idempotency_tenant;
 extern int	idempotency_sweep_batch_size;	/* rows */

@@ -19,6 +19,7 @@ typedef enum AtEnd
 	AT_END_EVENTS,				/* what the transaction came to is counted, */
 	AT_END_FLUSH,				/* what it flushed is not flushed again, */
 	AT_END_CREATED,				/* the launcher is told, */
+	AT_END_FORWARD,				/* it is forgotten what was sent elsewhere, */
 	AT_END_WAKE,				/* and last, who waits for all that is woken */
 	AT_END_COUNT
 } AtEnd;

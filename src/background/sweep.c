@@ -70,6 +70,8 @@ enum
 static void refuse_atomic(FunctionCallInfo fcinfo);
 static void read_arguments(Sweep *sweep, FunctionCallInfo fcinfo);
 static void commit_lazily(void);
+static void enter_part(Sweep *sweep, Oid part);
+static bool sweep_part(Sweep *sweep);
 static bool is_claimed(const Record *record);
 
 PG_FUNCTION_INFO_V1(idempotency_sweep);
@@ -176,8 +178,7 @@ void
 SweepStart(Sweep *sweep, int batch_size, int64 duration)
 {
 	sweep->batch_size = batch_size;
-	sweep->position.expires_at = DT_NOBEGIN;
-	ItemPointerSet(&sweep->position.tid, 0, InvalidOffsetNumber);
+	enter_part(sweep, InvalidOid);
 	sweep->started_at = GetCurrentTimestamp();
 	sweep->started = ClockMicros();
 	sweep->deadline = duration < PG_INT64_MAX - sweep->started ?
@@ -192,17 +193,50 @@ SweepStart(Sweep *sweep, int batch_size, int64 duration)
 bool
 SweepBatch(Sweep *sweep)
 {
-	MemoryContext row_context = AllocSetContextCreate(CurrentMemoryContext,
-													  "idempotency sweep",
-													  ALLOCSET_SMALL_SIZES);
+	Oid			part = StoreNextPart(sweep->part);
+
+	if (!OidIsValid(part))
+		return false;
+	if (part != sweep->part)
+		enter_part(sweep, part);
+	if (sweep_part(sweep))
+		return true;
+
+	enter_part(sweep, part + 1);
+	return OidIsValid(StoreNextPart(sweep->part));
+}
+
+/*
+ * Begin with the records of another table.
+ */
+static void
+enter_part(Sweep *sweep, Oid part)
+{
+	sweep->part = part;
+	sweep->position.expires_at = DT_NOBEGIN;
+	ItemPointerSet(&sweep->position.tid, 0, InvalidOffsetNumber);
+}
+
+/*
+ * Sweep one batch of one of the tables that have records.  Returns whether it may
+ * have more to sweep.
+ */
+static bool
+sweep_part(Sweep *sweep)
+{
 	MemoryContext oldcontext = CurrentMemoryContext;
+	MemoryContext row_context;
 	Store		store;
 	Record		record;
 	TimestampTz until = sweep->started_at;
 	bool		subscribed;
 	int			deleted = 0;
 
-	StoreOpen(&store, RowExclusiveLock);
+	if (!StoreOpenPart(&store, sweep->part, RowExclusiveLock))
+		return false;
+	row_context = AllocSetContextCreate(CurrentMemoryContext,
+										"idempotency sweep",
+										ALLOCSET_SMALL_SIZES);
 	subscribed = StoreIsSubscribed(&store);
 	if (subscribed)
 		until -= SUBSCRIBER_SECS * USECS_PER_SEC;

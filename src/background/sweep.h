@@ -17,7 +17,8 @@
 typedef struct Sweep
 {
 	int			batch_size;		/* rows to delete in one transaction */
-	StorePosition position;		/* where the last batch ended */
+	Oid			part;			/* where the last batch ended: in this table, */
+	StorePosition position;		/* at this place */
 	TimestampTz started_at;		/* records that expire later are left alone */
 	int64		started;		/* the same by ClockMicros() */
 	int64		deadline;		/* no batch starts after this, by the same */

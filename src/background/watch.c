@@ -46,6 +46,7 @@ enum
 	WATCH_COLUMNS
 };
 
+static bool watch_part(Watch *watch);
 static void watch_blocks(const Watch *watch, Relation rel, BlockNumber end);
 static void watch_row(const Watch *watch, HeapTuple row, TupleDesc desc);
 
@@ -65,6 +66,7 @@ WatchStart(Watch *watch)
 		return false;
 
 	watch->until = now;
+	watch->part = InvalidOid;
 	watch->next = 0;
 	watch->spent = 0;
 	MetricsForgetLeases();
@@ -81,11 +83,42 @@ bool
 WatchBatch(Watch *watch)
 {
 	TimestampTz start = GetCurrentTimestamp();
+	Oid			part = StoreNextPart(watch->part);
+
+	if (part != watch->part)
+		watch->next = 0;
+	watch->part = part;
+	if (OidIsValid(part) && !watch_part(watch))
+	{
+		watch->part = part + 1;
+		watch->next = 0;
+	}
+
+	watch->spent += Max(GetCurrentTimestamp() - start, 0);
+	if (OidIsValid(StoreNextPart(watch->part)))
+		return true;
+
+	MetricsPublishLeases(watch->until);
+	watch->since = watch->until;
+	watch->until = 0;
+	watch->due = watch->since + watch->spent * PART_OF_TIME;
+	return false;
+}
+
+/*
+ * Look at the next blocks of one of the tables that have records.  Returns
+ * whether it has more.
+ */
+static bool
+watch_part(Watch *watch)
+{
 	Store		store;
 	BlockNumber blocks;
 
 	/* which sees to it that the columns are what we take them for */
-	StoreOpen(&store, AccessShareLock);
+	if (!StoreOpenPart(&store, watch->part, AccessShareLock))
+		return false;
+
 	blocks = RelationGetNumberOfBlocks(store.rel);
 	if (watch->next < blocks)
 	{
@@ -96,15 +129,7 @@ WatchBatch(Watch *watch)
 	}
 	StoreClose(&store);
 
-	watch->spent += Max(GetCurrentTimestamp() - start, 0);
-	if (watch->next < blocks)
-		return true;
-
-	MetricsPublishLeases(watch->until);
-	watch->since = watch->until;
-	watch->until = 0;
-	watch->due = watch->since + watch->spent * PART_OF_TIME;
-	return false;
+	return watch->next < blocks;
 }
 
 /*

@@ -20,7 +20,8 @@ typedef struct Watch
 	TimestampTz since;			/* what ran out before was reported */
 	TimestampTz until;			/* what runs out later is left to the next
 								 * look; 0 when none is under way */
-	BlockNumber next;			/* where to go on */
+	Oid			part;			/* where to go on: in this table, */
+	BlockNumber next;			/* at this block */
 	int64		spent;			/* on this look, in microseconds */
 	TimestampTz due;			/* no other look before */
 } Watch;

@@ -44,7 +44,9 @@
 #include "base.h"
 
 #include "call/begin.h"
+#include "call/forward.h"
 #include "claim/lease.h"
+#include "claim/lock.h"
 #include "claim/wake.h"
 #include "clock.h"
 #include "miscadmin.h"
@@ -77,6 +79,8 @@ enum
 
 static Datum begin_request(FunctionCallInfo fcinfo, const char *function,
 						   bool raise);
+static void forward_begin(FunctionCallInfo fcinfo, const BeginCall *call,
+						  bool raise, ResultRow *row);
 static Claim *find_own_claim(const BeginCall *call);
 static Outcome decide(BeginCall *call);
 static Outcome decide_now(BeginCall *call);
@@ -145,7 +149,7 @@ BeginRequest(BeginCall *call, bool raise, ResultRow *row)
 	Outcome		outcome;
 
 	request->called_at = GetCurrentTimestamp();
-	StoreOpen(&request->store, RowExclusiveLock);
+	StoreOpen(&request->store, &request->scope, RowExclusiveLock);
 	outcome = decide(call);
 	if (outcome == OUTCOME_STARTED)
 	{
@@ -189,8 +193,26 @@ begin_request(FunctionCallInfo fcinfo, const char *function, bool raise)
 				 errdetail("A transaction claim has no id.")));
 	call.keep_leases = false;
 
-	(void) BeginRequest(&call, raise, &row);
+	if (ForwardNeeded(&call.request.scope))
+		forward_begin(fcinfo, &call, raise, &row);
+	else
+		(void) BeginRequest(&call, raise, &row);
 	return ResultReturn(fcinfo, &row);
+}
+
+/*
+ * Have a request begun where its records are.
+ */
+static void
+forward_begin(FunctionCallInfo fcinfo, const BeginCall *call, bool raise,
+			  ResultRow *row)
+{
+	const Scope *scope = &call->request.scope;
+
+	ForwardGetRow(ForwardCall(fcinfo, raise ? "idempotency_begin" :
+							  "idempotency_try_begin", scope), row);
+	if (call->lease == 0 && strcmp(ResultOutcome(row), "started") == 0)
+		ForwardBegun(scope);
 }
 
 /*

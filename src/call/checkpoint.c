@@ -11,6 +11,8 @@
  */
 #include "base.h"
 
+#include "call/forward.h"
+#include "catalog/pg_type_d.h"
 #include "claim/lease.h"
 #include "miscadmin.h"
 #include "request/arguments.h"
@@ -63,8 +65,11 @@ idempotency_checkpoint(PG_FUNCTION_ARGS)
 	ScopeFromArguments(&scope, fcinfo, CHECKPOINT_ACTOR);
 	check_arguments(fcinfo);
 	lease = CallReadLease(&fcinfo->args[CHECKPOINT_LEASE]);
+	if (ForwardNeeded(&scope))
+		return ForwardGetValue(ForwardCall(fcinfo, "idempotency_checkpoint",
+										   &scope), TIMESTAMPTZOID);
 
-	StoreOpen(&store, RowExclusiveLock);
+	StoreOpen(&store, &scope, RowExclusiveLock);
 	LeaseFind(&store, &scope, PG_GETARG_UUID_P(CHECKPOINT_CLAIM), &record);
 	if (RecordGetState(&record) != RECORD_PENDING || LeaseIsReleased(&record))
 		ereport(ERROR,

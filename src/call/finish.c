@@ -21,6 +21,8 @@
 #include "base.h"
 
 #include "call/finish.h"
+#include "call/forward.h"
+#include "catalog/pg_type_d.h"
 #include "claim/lease.h"
 #include "observe/event.h"
 #include "request/arguments.h"
@@ -54,6 +56,8 @@ enum
 	RELEASE_CLAIM
 };
 
+static Datum forward_end(FunctionCallInfo fcinfo, const char *function,
+						 const Scope *scope, Oid type);
 static void report_end(const Scope *scope, StatusClass class, int attempt,
 					   int status, TimestampTz since);
 static int64 read_ttl(StatusClass class, const Answer *answer, int64 begun);
@@ -109,6 +113,8 @@ idempotency_finish(PG_FUNCTION_ARGS)
 	CallNeedsReadWrite("idempotency_finish()");
 	ScopeFromArguments(&scope, fcinfo, FINISH_ACTOR);
 	FinishCheckAnswer(&answer, InvalidOid);
+	if (ForwardNeeded(&scope))
+		return forward_end(fcinfo, "idempotency_finish", &scope, TEXTOID);
 
 	claim = find_transaction_claim(&scope, &fcinfo->args[FINISH_CLAIM]);
 	if (claim != NULL)
@@ -144,6 +150,8 @@ idempotency_release(PG_FUNCTION_ARGS)
 
 	CallNeedsReadWrite("idempotency_release()");
 	ScopeFromArguments(&scope, fcinfo, RELEASE_ACTOR);
+	if (ForwardNeeded(&scope))
+		return forward_end(fcinfo, "idempotency_release", &scope, BOOLOID);
 
 	claim = find_transaction_claim(&scope, &fcinfo->args[RELEASE_CLAIM]);
 	if (claim != NULL)
@@ -252,6 +260,19 @@ FinishedRow(ResultRow *row, StatusClass class, Record *record)
 }
 
 /*
+ * Have a claim ended where it is held.
+ */
+static Datum
+forward_end(FunctionCallInfo fcinfo, const char *function, const Scope *scope,
+			Oid type)
+{
+	Datum		result = ForwardGetValue(ForwardCall(fcinfo, function, scope), type);
+
+	ForwardEnded(scope);
+	return result;
+}
+
+/*
  * Have the end of a claim counted and logged, if it is committed.
  */
 static void
@@ -348,7 +369,7 @@ refuse_without_claim(const Scope *scope)
 	Record		record;
 	bool		leased;
 
-	StoreOpen(&store, RowExclusiveLock);
+	StoreOpen(&store, scope, RowExclusiveLock);
 	leased = StoreFind(&store, scope, GetCurrentTimestamp(),
 					   &record) == RECORD_LIVE &&
 		RecordGetState(&record) == RECORD_PENDING;
@@ -381,7 +402,7 @@ finish_lease(const Scope *scope, const pg_uuid_t *claim_id,
 	if (class != STATUS_RELEASED)
 		check_size(answer);
 
-	StoreOpen(&store, RowExclusiveLock);
+	StoreOpen(&store, scope, RowExclusiveLock);
 	LeaseFind(&store, scope, claim_id, &record);
 	now = GetCurrentTimestamp();
 
@@ -463,7 +484,7 @@ release_lease(const Scope *scope, const pg_uuid_t *claim_id)
 	Record		record;
 	bool		released = false;
 
-	StoreOpen(&store, RowExclusiveLock);
+	StoreOpen(&store, scope, RowExclusiveLock);
 	LeaseFind(&store, scope, claim_id, &record);
 	if (RecordGetState(&record) != RECORD_PENDING)
 		refuse_ended();
@@ -502,7 +523,7 @@ write_record(const Scope *scope, const Claim *claim, Record *record)
 	Record		found;
 	RecordLife	life = RECORD_ABSENT;
 
-	StoreOpen(&store, RowExclusiveLock);
+	StoreOpen(&store, scope, RowExclusiveLock);
 	if (claim->replaces || claim->takes_over)
 		life = StoreFind(&store, scope, GetCurrentTimestamp(), &found);
 

@@ -25,6 +25,7 @@
 #include "base.h"
 
 #include "access/xact.h"
+#include "call/forward.h"
 #include "catalog/pg_type_d.h"
 #include "claim/lease.h"
 #include "funcapi.h"
@@ -56,6 +57,7 @@ typedef struct MessageId
 } MessageId;
 
 static MessageId *read_batch(ArrayType *batch, int *count);
+static void forward_batch(FunctionCallInfo fcinfo, const Scope *scope);
 static void add_position(void *arg);
 static text *read_name(FunctionCallInfo fcinfo, int argument);
 static void record_batch(MessageId *ids, int count, Scope *scope,
@@ -114,6 +116,11 @@ idempotency_first_seen(PG_FUNCTION_ARGS)
 	/* refuses a caller that is not prepared for a set */
 	InitMaterializedSRF(fcinfo, MAT_SRF_USE_EXPECTED_DESC);
 	rsinfo = (ReturnSetInfo *) fcinfo->resultinfo;
+	if (ForwardNeeded(&scope))
+	{
+		forward_batch(fcinfo, &scope);
+		return (Datum) 0;
+	}
 	record_batch(ids, count, &scope, ttl);
 
 	qsort(ids, count, sizeof(MessageId), compare_positions);
@@ -127,6 +134,30 @@ idempotency_first_seen(PG_FUNCTION_ARGS)
 	}
 
 	return (Datum) 0;
+}
+
+/*
+ * Have the node of the tenant record a batch, and return what it returns.
+ */
+static void
+forward_batch(FunctionCallInfo fcinfo, const Scope *scope)
+{
+	ReturnSetInfo *rsinfo = (ReturnSetInfo *) fcinfo->resultinfo;
+	char	   *result = ForwardCall(fcinfo, "idempotency_first_seen", scope);
+	Datum	   *ids;
+	int			count;
+
+	if (result == NULL)
+		return;
+	deconstruct_array(DatumGetArrayTypeP(ForwardGetValue(result, TEXTARRAYOID)),
+					  TEXTOID, -1, false, TYPALIGN_INT, &ids, NULL, &count);
+	for (int i = 0; i < count; i++)
+	{
+		bool		isnull = false;
+
+		tuplestore_putvalues(rsinfo->setResult, rsinfo->setDesc, &ids[i],
+							 &isnull);
+	}
 }
 
 /*
@@ -199,7 +230,7 @@ record_batch(MessageId *ids, int count, Scope *scope, int64 ttl)
 
 	qsort(ids, count, sizeof(MessageId), compare_ids);
 
-	StoreOpen(&store, RowExclusiveLock);
+	StoreOpen(&store, scope, RowExclusiveLock);
 	RecordInit(&record, scope);
 	RecordSetState(&record, RECORD_COMPLETED);
 	RecordSet(&record, status_code, Int32GetDatum(STATUS_SEEN));

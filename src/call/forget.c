@@ -14,9 +14,12 @@
  */
 #include "base.h"
 
+#include "call/forward.h"
 #include "call/request.h"
+#include "catalog/pg_type_d.h"
 #include "claim/claim.h"
 #include "claim/lease.h"
+#include "claim/lock.h"
 #include "miscadmin.h"
 #include "utils/timestamp.h"
 
@@ -53,6 +56,9 @@ idempotency_forget(PG_FUNCTION_ARGS)
 	PreventCommandIfReadOnly("idempotency_forget()");
 	PreventCommandIfParallelMode("idempotency_forget()");
 	ScopeFromArguments(&request.scope, fcinfo, FORGET_ACTOR);
+	if (ForwardNeeded(&request.scope))
+		return ForwardGetValue(ForwardCall(fcinfo, "idempotency_forget",
+										   &request.scope), BOOLOID);
 	if (ClaimFindHeld(&request.scope) != NULL)
 		ereport(ERROR,
 				(errcode(ERRCODE_IDEMPOTENCY_OUT_OF_ORDER),
@@ -63,7 +69,7 @@ idempotency_forget(PG_FUNCTION_ARGS)
 	request.called_at = GetCurrentTimestamp();
 	request.life = RECORD_ABSENT;
 	request.tracked = false;
-	StoreOpen(&request.store, RowExclusiveLock);
+	StoreOpen(&request.store, &request.scope, RowExclusiveLock);
 
 	ScopeSetLocktag(&request.scope);
 	request.locked_out = !ClaimTryLock(&request.scope.locktag);

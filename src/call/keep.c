@@ -18,6 +18,7 @@
 
 #include "call/begin.h"
 #include "call/finish.h"
+#include "call/forward.h"
 #include "call/result.h"
 #include "request/arguments.h"
 
@@ -86,6 +87,8 @@ idempotency_store(PG_FUNCTION_ARGS)
 	call.claim = NULL;
 	call.keep_leases = true;
 
+	if (ForwardNeeded(scope))
+		return ForwardRow(fcinfo, "idempotency_store", scope);
 	claim = BeginRequest(&call, false, &row);
 	if (claim == NULL)
 		return ResultReturn(fcinfo, &row);

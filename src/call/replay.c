@@ -17,6 +17,7 @@
  */
 #include "base.h"
 
+#include "call/forward.h"
 #include "call/request.h"
 #include "call/result.h"
 #include "claim/lease.h"
@@ -65,9 +66,11 @@ idempotency_replay(PG_FUNCTION_ARGS)
 	ScopeFromArguments(&request.scope, fcinfo, REPLAY_ACTOR);
 	FingerprintFromArguments(&request.fingerprint, fcinfo,
 							 REPLAY_REQUEST, REPLAY_REQUEST_HASH);
+	if (ForwardNeeded(&request.scope))
+		return ForwardRow(fcinfo, "idempotency_replay", &request.scope);
 
 	request.called_at = GetCurrentTimestamp();
-	StoreOpen(&request.store, AccessShareLock);
+	StoreOpen(&request.store, &request.scope, AccessShareLock);
 	look(&request);
 
 	if ((request.life == RECORD_LIVE && RequestMismatchesRecord(&request)) ||

@@ -40,7 +40,6 @@ static void init_row(ResultRow *row, const char *outcome);
 static void set_value(ResultRow *row, int column, Datum value);
 static void copy_column(ResultRow *row, int column,
 						const Record *record, int record_column);
-static Datum make_datum(ResultRow *row);
 static bool has_shape(TupleDesc desc, const Oid *types, int natts);
 
 /*
@@ -138,6 +137,32 @@ ResultNone(ResultRow *row)
 }
 
 /*
+ * A row that was made elsewhere, by the same version of the extension.
+ */
+void
+ResultFromTuple(ResultRow *row, HeapTupleHeader header)
+{
+	TupleDesc	desc = lookup_rowtype_tupdesc(HeapTupleHeaderGetTypeId(header),
+											  HeapTupleHeaderGetTypMod(header));
+	HeapTupleData tuple;
+
+	ResultCheckShape(desc, result_types, Natts_result);
+	tuple.t_len = HeapTupleHeaderGetDatumLength(header);
+	tuple.t_data = header;
+	heap_deform_tuple(&tuple, desc, row->values, row->nulls);
+	ReleaseTupleDesc(desc);
+}
+
+/*
+ * The outcome that a row has, which is not null.
+ */
+const char *
+ResultOutcome(const ResultRow *row)
+{
+	return TextDatumGetCString(row->values[Anum_result_outcome - 1]);
+}
+
+/*
  * Whether calls of a function can be made into a row; only then may
  * ResultCallInto() be asked for one.
  */
@@ -183,7 +208,7 @@ ResultReturn(FunctionCallInfo fcinfo, ResultRow *row)
 		PG_RETURN_NULL();
 	}
 
-	return make_datum(row);
+	return ResultGetDatum(row);
 }
 
 /*
@@ -236,8 +261,11 @@ copy_column(ResultRow *row, int column, const Record *record, int record_column)
 	set_value(row, column, value);
 }
 
-static Datum
-make_datum(ResultRow *row)
+/*
+ * A row as a datum.
+ */
+Datum
+ResultGetDatum(ResultRow *row)
 {
 	TupleDesc	desc = lookup_rowtype_tupdesc(CatalogResultType(), -1);
 	HeapTuple	tuple;

@@ -10,6 +10,7 @@
 
 #include "postgres.h"
 
+#include "access/htup.h"
 #include "access/tupdesc.h"
 #include "claim/in_flight.h"
 #include "fmgr.h"
@@ -35,8 +36,11 @@ extern void ResultPending(ResultRow *row, const char *outcome, int retry_after,
 						  int attempt, TimestampTz created_at,
 						  const Record *record);
 extern void ResultNone(ResultRow *row);
+extern void ResultFromTuple(ResultRow *row, HeapTupleHeader header);
+extern const char *ResultOutcome(const ResultRow *row);
 extern bool ResultIsOf(const FuncExpr *call);
 extern Expr *ResultCallInto(const FuncExpr *call, ResultRow *row);
+extern Datum ResultGetDatum(ResultRow *row);
 extern Datum ResultReturn(FunctionCallInfo fcinfo, ResultRow *row);
 extern void ResultCheckShape(TupleDesc desc, const Oid *types, int natts);
 

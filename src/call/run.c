@@ -3,35 +3,31 @@
  * run.c
  *	  run and try_run: begin, the work and finish in one call.
  *
- * The work is a function of the application, the handler.  It is called with
- * the rights of the caller, who therefore must have the right to call it, and
- * in the caller's transaction, so that an error in it undoes the claim with
- * everything else.
+ * The work is a function of the application, the handler (handler.c).  What it is
+ * allowed to be is checked before anything else, also when the stored answer is all
+ * that is needed: a mistake in the call should not wait for the first request that
+ * is new.
  *
- * What the handler is allowed to be is checked before anything else, also when
- * the stored answer is all that is needed: a mistake in the call should not
- * wait for the first request that is new.
+ * Where the records of the tenant are on another node of a cluster, the handler
+ * can be called here or there.  Here it may do what it likes, and begin and finish
+ * are sent there one after the other.  There it saves a round trip, but Citus lets
+ * it see nothing but the rows of its tenant, and it finds other settings; so
+ * somebody has to say that it may (idempotency.forward_handlers).
  *
  *-------------------------------------------------------------------------
  */
 #include "base.h"
 
-#include "access/htup_details.h"
 #include "call/begin.h"
 #include "call/finish.h"
+#include "call/forward.h"
+#include "call/handler.h"
 #include "call/result.h"
-#include "catalog/objectaccess.h"
-#include "catalog/pg_namespace.h"
-#include "catalog/pg_proc.h"
+#include "call/run.h"
 #include "catalog/pg_type_d.h"
-#include "miscadmin.h"
+#include "claim/claim.h"
 #include "request/arguments.h"
-#include "utils/acl.h"
-#include "utils/builtins.h"
-#include "utils/lsyscache.h"
-#include "utils/regproc.h"
-#include "utils/syscache.h"
-#include "utils/typcache.h"
+#include "settings.h"
 
 /* Arguments of run and try_run */
 enum
@@ -46,33 +42,40 @@ enum
 	RUN_WAIT
 };
 
-/* Columns of idempotency_response */
+const Oid	RunTypes[RUN_ARGUMENTS] = {
+	TEXTOID, TEXTOID, TEXTOID, JSONBOID, REGPROCEDUREOID, TEXTOID, INTERVALOID,
+	INTERVALOID
+};
+
+/* What is sent to the node of the tenant when the handler was called here */
 enum
 {
-	RESPONSE_STATUS_CODE,
-	RESPONSE_HEADERS,
-	RESPONSE_RESPONSE,
-	RESPONSE_BODY,
-	RESPONSE_TTL,
-	RESPONSE_COLUMNS
+	ANSWER_TENANT,
+	ANSWER_ACTION,
+	ANSWER_KEY,
+	ANSWER_ACTOR,
+	ANSWER_STATUS_CODE,
+	ANSWER_RESPONSE,
+	ANSWER_HEADERS,
+	ANSWER_BODY,
+	ANSWER_TTL
 };
 
-static const Oid response_types[RESPONSE_COLUMNS] = {
-	INT4OID, JSONBOID, JSONOID, BYTEAOID, INTERVALOID
+const Oid	RunAnswerTypes[RUN_ANSWER_ARGUMENTS] = {
+	TEXTOID, TEXTOID, TEXTOID, TEXTOID, INT4OID, JSONOID, JSONBOID, BYTEAOID,
+	INTERVALOID
 };
-
-#define DEFAULT_STATUS	200
 
 static Datum run_request(FunctionCallInfo fcinfo, const char *function,
 						 bool raise);
-static Oid	check_handler(Oid handler);
-static void check_rights(Oid function, Oid namespace);
-static bool has_shape_of_handler(Form_pg_proc form);
-static void call_handler(Oid handler, Oid rettype, const NullableDatum *request,
-						 Answer *answer);
-static void read_response(Datum row, Answer *answer);
-static NullableDatum get_column(int column, const Datum *values,
-								const bool *nulls);
+static void read_call(BeginCall *call, FunctionCallInfo fcinfo);
+static void run_here(FunctionCallInfo fcinfo, BeginCall *call, bool raise,
+					 Oid rettype, ResultRow *row);
+static void run_elsewhere(FunctionCallInfo fcinfo, const Scope *scope,
+						  bool raise, Oid rettype, ResultRow *row);
+static void finish_run(const Scope *scope, const Answer *answer, ResultRow *row);
+static void send_answer(const Scope *scope, const Answer *answer,
+						ResultRow *row);
 
 PG_FUNCTION_INFO_V1(idempotency_run);
 PG_FUNCTION_INFO_V1(idempotency_try_run);
@@ -86,10 +89,10 @@ PG_FUNCTION_INFO_V1(idempotency_try_run);
  * it.  The outcome is replayed, or what finish says: completed, errored or
  * released.
  *
- * Errors: those of begin and finish; 22004 without a handler, 42883 when there
- * is none with that OID, 42809 for one of another shape, 42501 without the
+ * Errors: those of begin, finish and the handler; 22004 without one, 42883 when
+ * there is none with that OID, 42809 for one of another shape, 42501 without the
  * right to call it, 39004 when it returns null, 39000 when it returns no valid
- * status or both a response and a body, and its own.
+ * status or both a response and a body.
  */
 Datum
 idempotency_run(PG_FUNCTION_ARGS)
@@ -109,192 +112,163 @@ idempotency_try_run(PG_FUNCTION_ARGS)
 }
 
 /*
+ * Begin a request for a handler that is called on another node; fcinfo has the
+ * arguments of run.
+ *
+ * Errors: those of begin.
+ */
+void
+RunBegin(FunctionCallInfo fcinfo, bool raise, ResultRow *row)
+{
+	BeginCall	call;
+
+	ScopeFromArguments(&call.request.scope, fcinfo, RUN_ACTOR);
+	read_call(&call, fcinfo);
+	(void) BeginRequest(&call, raise, row);
+}
+
+/*
+ * Finish it with its answer; fcinfo has what send_answer() has sent.
+ *
+ * Errors: those of finish.
+ */
+void
+RunFinish(FunctionCallInfo fcinfo, ResultRow *row)
+{
+	Scope		scope;
+	Answer		answer = {
+		.status_code = fcinfo->args[ANSWER_STATUS_CODE],
+		.response = fcinfo->args[ANSWER_RESPONSE],
+		.headers = fcinfo->args[ANSWER_HEADERS],
+		.body = fcinfo->args[ANSWER_BODY],
+		.ttl = fcinfo->args[ANSWER_TTL],
+	};
+
+	ScopeFromArguments(&scope, fcinfo, ANSWER_ACTOR);
+	finish_run(&scope, &answer, row);
+}
+
+/*
  * Workhorse of run and try_run.
  */
 static Datum
 run_request(FunctionCallInfo fcinfo, const char *function, bool raise)
 {
 	BeginCall	call;
-	Scope	   *scope = &call.request.scope;
-	Claim	   *claim;
 	Oid			rettype;
-	Answer		answer;
-	Record		record;
-	StatusClass class;
 	ResultRow	row;
 
 	CallNeedsReadWrite(function);
-	ScopeFromArguments(scope, fcinfo, RUN_ACTOR);
+	ScopeFromArguments(&call.request.scope, fcinfo, RUN_ACTOR);
 	if (PG_ARGISNULL(RUN_HANDLER))
 		ereport(ERROR,
 				(errcode(ERRCODE_NULL_VALUE_NOT_ALLOWED),
 				 errmsg("handler is missing")));
-	FingerprintFromRequest(&call.request.fingerprint, &fcinfo->args[RUN_REQUEST]);
-	call.ttl = CallReadTtl(&fcinfo->args[RUN_TTL]);
-	call.wait_ms = CallReadWait(&fcinfo->args[RUN_WAIT]);
-	call.lease = 0;
-	call.claim = NULL;
-	call.keep_leases = false;
-	rettype = check_handler(PG_GETARG_OID(RUN_HANDLER));
+	read_call(&call, fcinfo);
+	rettype = HandlerCheck(PG_GETARG_OID(RUN_HANDLER));
 
-	if (BeginRequest(&call, raise, &row) == NULL)
-		return ResultReturn(fcinfo, &row);
+	if (ForwardNeeded(&call.request.scope))
+		run_elsewhere(fcinfo, &call.request.scope, raise, rettype, &row);
+	else
+		run_here(fcinfo, &call, raise, rettype, &row);
+	return ResultReturn(fcinfo, &row);
+}
 
-	call_handler(PG_GETARG_OID(RUN_HANDLER), rettype,
-				 &fcinfo->args[RUN_REQUEST], &answer);
+/*
+ * What begin needs to know, but for the scope.
+ */
+static void
+read_call(BeginCall *call, FunctionCallInfo fcinfo)
+{
+	FingerprintFromRequest(&call->request.fingerprint, &fcinfo->args[RUN_REQUEST]);
+	call->ttl = CallReadTtl(&fcinfo->args[RUN_TTL]);
+	call->wait_ms = CallReadWait(&fcinfo->args[RUN_WAIT]);
+	call->lease = 0;
+	call->claim = NULL;
+	call->keep_leases = false;
+}
+
+/*
+ * Run a request whose records are on this node.
+ */
+static void
+run_here(FunctionCallInfo fcinfo, BeginCall *call, bool raise, Oid rettype,
+		 ResultRow *row)
+{
+	Answer		answer;
+
+	if (BeginRequest(call, raise, row) == NULL)
+		return;
+	HandlerCall(PG_GETARG_OID(RUN_HANDLER), rettype, &fcinfo->args[RUN_REQUEST],
+				&answer);
+	finish_run(&call->request.scope, &answer, row);
+}
+
+/*
+ * Run a request whose records are on another node.
+ */
+static void
+run_elsewhere(FunctionCallInfo fcinfo, const Scope *scope, bool raise,
+			  Oid rettype, ResultRow *row)
+{
+	Answer		answer;
+
+	if (idempotency_forward_handlers)
+	{
+		ForwardGetRow(ForwardCall(fcinfo, raise ? "idempotency_run" :
+								  "idempotency_try_run", scope), row);
+		return;
+	}
+
+	ForwardGetRow(ForwardArguments(raise ? RUN_BEGIN : RUN_TRY_BEGIN, scope,
+								   RUN_ARGUMENTS, RunTypes, fcinfo->args), row);
+	if (strcmp(ResultOutcome(row), "started") != 0)
+		return;
+	ForwardBegun(scope);
+	HandlerCall(PG_GETARG_OID(RUN_HANDLER), rettype, &fcinfo->args[RUN_REQUEST],
+				&answer);
+	send_answer(scope, &answer, row);
+}
+
+/*
+ * Finish the request that a handler has answered.
+ */
+static void
+finish_run(const Scope *scope, const Answer *answer, ResultRow *row)
+{
+	Claim	   *claim = ClaimFindHeld(scope);
+	Record		record;
+	StatusClass class;
 
 	/* the handler may have ended the claim itself */
-	claim = ClaimFindHeld(scope);
 	if (claim == NULL || claim_is_leased(&claim->facts))
 		ereport(ERROR,
 				(errcode(ERRCODE_IDEMPOTENCY_OUT_OF_ORDER),
 				 errmsg("no such claim"),
 				 errdetail("The handler has ended the claim that it was called for.")));
-	class = FinishClaim(scope, claim, &answer, &record);
-
-	FinishedRow(&row, class, &record);
-	return ResultReturn(fcinfo, &row);
+	class = FinishClaim(scope, claim, answer, &record);
+	FinishedRow(row, class, &record);
 }
 
 /*
- * Check that a function can be a handler, and may be called; returns the type
- * of its result.
- */
-static Oid
-check_handler(Oid handler)
-{
-	HeapTuple	tuple = SearchSysCache1(PROCOID, ObjectIdGetDatum(handler));
-	Form_pg_proc form;
-	Oid			rettype;
-
-	if (!HeapTupleIsValid(tuple))
-		ereport(ERROR,
-				(errcode(ERRCODE_UNDEFINED_FUNCTION),
-				 errmsg("function with OID %u does not exist", handler)));
-
-	form = (Form_pg_proc) GETSTRUCT(tuple);
-	rettype = form->prorettype;
-	if (!has_shape_of_handler(form))
-		ereport(ERROR,
-				(errcode(ERRCODE_WRONG_OBJECT_TYPE),
-				 errmsg("function %s cannot be a handler",
-						format_procedure(handler)),
-				 errdetail("A handler is a function that takes one jsonb and returns one json, jsonb or %s.",
-						   format_type_be(CatalogResponseType()))));
-	check_rights(handler, form->pronamespace);
-	ReleaseSysCache(tuple);
-
-	return rettype;
-}
-
-/*
- * Check that the caller could call a function by its name, as the server does
- * for one that is called by its OID (HandleFunctionRequest() in fastpath.c).
+ * Send an answer to the node where the request was begun.
  */
 static void
-check_rights(Oid function, Oid namespace)
+send_answer(const Scope *scope, const Answer *answer, ResultRow *row)
 {
-	AclResult	aclresult;
+	NullableDatum args[RUN_ANSWER_ARGUMENTS] = {
+		[ANSWER_TENANT] = {.value = scope->parts[SCOPE_TENANT]},
+		[ANSWER_ACTION] = {.value = scope->parts[SCOPE_ACTION]},
+		[ANSWER_KEY] = {.value = scope->parts[SCOPE_KEY]},
+		[ANSWER_ACTOR] = {.value = scope->parts[SCOPE_ACTOR]},
+		[ANSWER_STATUS_CODE] = answer->status_code,
+		[ANSWER_RESPONSE] = answer->response,
+		[ANSWER_HEADERS] = answer->headers,
+		[ANSWER_BODY] = answer->body,
+		[ANSWER_TTL] = answer->ttl,
+	};
 
-	aclresult = object_aclcheck(NamespaceRelationId, namespace, GetUserId(),
-								ACL_USAGE);
-	if (aclresult != ACLCHECK_OK)
-		aclcheck_error(aclresult, OBJECT_SCHEMA,
-					   get_namespace_name(namespace));
-	InvokeNamespaceSearchHook(namespace, true);
-
-	aclresult = object_aclcheck(ProcedureRelationId, function, GetUserId(),
-								ACL_EXECUTE);
-	if (aclresult != ACLCHECK_OK)
-		aclcheck_error(aclresult, OBJECT_FUNCTION, get_func_name(function));
-	InvokeFunctionExecuteHook(function);
-}
-
-static bool
-has_shape_of_handler(Form_pg_proc form)
-{
-	return form->prokind == PROKIND_FUNCTION &&
-		!form->proretset &&
-		form->pronargs == 1 &&
-		form->proargtypes.values[0] == JSONBOID &&
-		(form->prorettype == JSONOID ||
-		 form->prorettype == JSONBOID ||
-		 form->prorettype == CatalogResponseType());
-}
-
-/*
- * Call the handler, and take its result for the answer.
- */
-static void
-call_handler(Oid handler, Oid rettype, const NullableDatum *request,
-			 Answer *answer)
-{
-	LOCAL_FCINFO(fcinfo, 1);
-	FmgrInfo	flinfo;
-	Datum		result = (Datum) 0;
-
-	fmgr_info(handler, &flinfo);
-	InitFunctionCallInfoData(*fcinfo, &flinfo, 1, InvalidOid, NULL, NULL);
-	fcinfo->args[0] = *request;
-	fcinfo->isnull = flinfo.fn_strict && request->isnull;
-	if (!fcinfo->isnull)
-		result = FunctionCallInvoke(fcinfo);
-
-	if (fcinfo->isnull)
-		ereport(ERROR,
-				(errcode(ERRCODE_E_R_I_E_NULL_VALUE_NOT_ALLOWED),
-				 errmsg("handler %s returned null", format_procedure(handler)),
-				 flinfo.fn_strict && request->isnull ?
-				 errdetail("It is strict, and the request is null.") : 0));
-
-	answer->status_code.value = Int32GetDatum(DEFAULT_STATUS);
-	answer->status_code.isnull = false;
-	answer->headers.isnull = true;
-	answer->body.isnull = true;
-	answer->ttl.isnull = true;
-	answer->response.isnull = false;
-	if (rettype == JSONOID)
-		answer->response.value = result;
-	else if (rettype == JSONBOID)
-		answer->response.value =
-			CStringGetTextDatum(DatumGetCString(DirectFunctionCall1(jsonb_out,
-																	result)));
-	else
-		read_response(result, answer);
-
-	FinishCheckAnswer(answer, handler);
-}
-
-/*
- * Take an idempotency_response for the answer.
- */
-static void
-read_response(Datum row, Answer *answer)
-{
-	HeapTupleHeader header = DatumGetHeapTupleHeader(row);
-	TupleDesc	desc = lookup_rowtype_tupdesc(HeapTupleHeaderGetTypeId(header),
-											  HeapTupleHeaderGetTypMod(header));
-	HeapTupleData tuple;
-	Datum		values[RESPONSE_COLUMNS];
-	bool		nulls[RESPONSE_COLUMNS];
-
-	ResultCheckShape(desc, response_types, RESPONSE_COLUMNS);
-	tuple.t_len = HeapTupleHeaderGetDatumLength(header);
-	tuple.t_data = header;
-	heap_deform_tuple(&tuple, desc, values, nulls);
-	ReleaseTupleDesc(desc);
-
-	answer->status_code = get_column(RESPONSE_STATUS_CODE, values, nulls);
-	answer->headers = get_column(RESPONSE_HEADERS, values, nulls);
-	answer->response = get_column(RESPONSE_RESPONSE, values, nulls);
-	answer->body = get_column(RESPONSE_BODY, values, nulls);
-	answer->ttl = get_column(RESPONSE_TTL, values, nulls);
-}
-
-static NullableDatum
-get_column(int column, const Datum *values, const bool *nulls)
-{
-	NullableDatum result = {.value = values[column], .isnull = nulls[column]};
-
-	return result;
+	ForwardGetRow(ForwardArguments(RUN_FINISH, scope, RUN_ANSWER_ARGUMENTS,
+								   RunAnswerTypes, args), row);
+	ForwardEnded(scope);
 }

@@ -1,7 +1,7 @@
 /*-------------------------------------------------------------------------
  *
  * claim.c
- *	  The claims of this transaction: their locks, and what it must know.
+ *	  The claims of this transaction.
  *
  * A transaction claim is a lock on the scope and an entry in a list of this
  * backend.  Nothing is written for it, so a rollback leaves nothing behind,
@@ -25,12 +25,6 @@
  * record is not there for others, who would run the work a second time and
  * fail at the end.
  *
- * Owners.  The lock manager charges a lock to a resource owner, and during a
- * query that is the owner of its portal.  A later call in the same
- * transaction runs in another portal and could not release it, so locks are
- * always charged to the owner of the (sub)transaction; that is where they
- * would have ended up anyway.
- *
  * What the end of a savepoint costs.  Both levels are at most the current one,
  * and what is done now has that, so the levels in a list, latest first, never
  * grow towards its end.  The end of a savepoint therefore has to look only at
@@ -49,6 +43,12 @@
  * it again.  It is refused before it commits (guard.c says how that comes before
  * anything else).
  *
+ * Claims elsewhere.  On a cluster, calls are sent to the node that has the records
+ * of the tenant, and a claim is held by the transaction that this one has there
+ * (call/forward.c).  Here it is in the list too, with all that goes for savepoints,
+ * but without a lock, so that the guard refuses here before anything is committed
+ * there.
+ *
  * Leased claims.  One that this transaction began is in the list too, with its
  * lock: until the commit its record is not there for others.  The commit then
  * makes it the claim of whoever knows its id (see lease.c), and the guard has
@@ -62,17 +62,15 @@
 #include "claim/claim.h"
 #include "claim/guard.h"
 #include "claim/in_flight.h"
+#include "claim/lock.h"
 #include "common/hashfn.h"
-#include "miscadmin.h"
 #include "observe/metrics.h"
 #include "settings.h"
-#include "storage/proc.h"
 #include "transaction.h"
 #include "utils/builtins.h"
-#include "utils/guc.h"
 #include "utils/memutils.h"
-#include "utils/resowner.h"
 
+static Claim *add_claim(const Scope *scope, const ClaimFacts *facts, int place);
 static void at_end_of_xact(XactEvent event);
 static void at_end_of_savepoint(SubXactEvent event, int level);
 static void commit_level(int level);
@@ -84,8 +82,6 @@ static void remove_claim(Claim *claim);
 static void untrack(const Claim *claim);
 static void guard(const Claim *claim, int change);
 static void refuse_unfinished(void);
-static LockAcquireResult acquire_lock(const LOCKTAG *locktag, bool dont_wait);
-static void wait_with_timeout(const LOCKTAG *locktag, int wait_ms);
 
 /* An entry of the index: the latest claim on a scope */
 typedef struct IndexedClaim
@@ -135,90 +131,46 @@ ClaimInit(void)
 }
 
 /*
- * Get the lock of a scope if nobody else has it.
- */
-bool
-ClaimTryLock(const LOCKTAG *locktag)
-{
-	return acquire_lock(locktag, true) != LOCKACQUIRE_NOT_AVAIL;
-}
-
-/*
- * Wait for the lock of a scope, at most wait_ms milliseconds.
- *
- * Returns false when the time is up.  The lock manager can be told to give up
- * only by an error, and after an error it needs the cleanup that the abort of
- * a subtransaction does.  Hence the subtransaction; a lock that was got in it
- * goes to its parent.
- *
- * A lock_timeout of the session that is shorter than wait_ms keeps its
- * meaning, and raises its error.
- */
-bool
-ClaimWaitLock(const LOCKTAG *locktag, int wait_ms)
-{
-	MemoryContext oldcontext = CurrentMemoryContext;
-	ResourceOwner oldowner = CurrentResourceOwner;
-	bool		use_timeout = (LockTimeout == 0 || wait_ms <= LockTimeout);
-	ErrorData  *volatile edata = NULL;
-
-	BeginInternalSubTransaction(NULL);
-	MemoryContextSwitchTo(oldcontext);
-
-	PG_TRY();
-	{
-		if (use_timeout)
-			wait_with_timeout(locktag, wait_ms);
-		else
-			acquire_lock(locktag, false);
-		ReleaseCurrentSubTransaction();
-	}
-	PG_CATCH();
-	{
-		MemoryContextSwitchTo(oldcontext);
-		edata = CopyErrorData();
-		FlushErrorState();
-		RollbackAndReleaseCurrentSubTransaction();
-	}
-	PG_END_TRY();
-
-	MemoryContextSwitchTo(oldcontext);
-	CurrentResourceOwner = oldowner;
-
-	if (edata == NULL)
-		return true;
-	if (!use_timeout || edata->sqlerrcode != ERRCODE_LOCK_NOT_AVAILABLE)
-		ReThrowError(edata);
-	FreeErrorData(edata);
-	return false;
-}
-
-/*
- * Give back a lock that was got in the current (sub)transaction.
- */
-void
-ClaimUnlock(const LOCKTAG *locktag)
-{
-	ResourceOwner oldowner = CurrentResourceOwner;
-
-	CurrentResourceOwner = CurTransactionResourceOwner;
-	LockRelease(locktag, ExclusiveLock, false);
-	CurrentResourceOwner = oldowner;
-}
-
-/*
  * Note that this (sub)transaction has a claim, whose lock it just got.
  */
 Claim *
 ClaimAdd(const Scope *scope, const ClaimFacts *facts)
+{
+	Claim	   *claim = add_claim(scope, facts, CLAIM_HERE);
+
+	claim->locktag = scope->locktag;
+	claim->tracked = InFlightTrack(&claim->locktag, &claim->name,
+								   &claim->facts);
+	if (MetricsEnabled())
+		claim->metrics = MetricsFind(ScopeNameAction(&claim->name));
+	MetricsHold(claim->metrics, 1);
+	return claim;
+}
+
+/*
+ * Note that it has a transaction claim on another node of a cluster.
+ */
+void
+ClaimAddElsewhere(const Scope *scope, int place)
+{
+	static const ClaimFacts facts = {.lease_expires_at = DT_NOEND};
+
+	(void) add_claim(scope, &facts, place);
+}
+
+/*
+ * Put a claim into the list.
+ */
+static Claim *
+add_claim(const Scope *scope, const ClaimFacts *facts, int place)
 {
 	Claim	   *claim;
 
 	claim = MemoryContextAlloc(TopTransactionContext,
 							   offsetof(Claim, name) +
 							   SizeOfScopeName(&scope->name));
+	claim->place = place;
 	claim->older = find_latest(&scope->name);
-	claim->locktag = scope->locktag;
 	claim->held_level = GetCurrentTransactionNestLevel();
 	claim->ended_level = 0;
 	claim->replaces = false;
@@ -227,13 +179,8 @@ ClaimAdd(const Scope *scope, const ClaimFacts *facts)
 	claim->ttl = 0;
 	claim->facts = *facts;
 	memcpy(&claim->name, &scope->name, SizeOfScopeName(&scope->name));
-	claim->tracked = InFlightTrack(&claim->locktag, &claim->name,
-								   &claim->facts);
-
+	claim->tracked = false;
 	claim->metrics = NULL;
-	if (MetricsEnabled())
-		claim->metrics = MetricsFind(ScopeNameAction(&claim->name));
-	MetricsHold(claim->metrics, 1);
 
 	dlist_push_head(&claims, &claim->node);
 	claims_count++;
@@ -504,6 +451,8 @@ untrack(const Claim *claim)
 {
 	Claim	   *older = claim->older;
 
+	if (claim->place != CLAIM_HERE)
+		return;
 	if (older != NULL)
 		older->tracked = InFlightTrack(&older->locktag, &older->name,
 									   &older->facts);
@@ -553,41 +502,4 @@ refuse_unfinished(void)
 						 EXTENSION_NAME) :
 				 errhint("Call idempotency_finish or idempotency_release in the transaction that called idempotency_begin.")));
 	}
-}
-
-/*
- * Acquire the lock of a scope for the current (sub)transaction.
- */
-static LockAcquireResult
-acquire_lock(const LOCKTAG *locktag, bool dont_wait)
-{
-	ResourceOwner oldowner = CurrentResourceOwner;
-	LockAcquireResult result;
-
-	CurrentResourceOwner = CurTransactionResourceOwner;
-	result = LockAcquire(locktag, ExclusiveLock, false, dont_wait);
-	CurrentResourceOwner = oldowner;
-
-	return result;
-}
-
-/*
- * Acquire the lock of a scope, or raise lock_not_available after wait_ms.
- */
-static void
-wait_with_timeout(const LOCKTAG *locktag, int wait_ms)
-{
-	int			nest_level = NewGUCNestLevel();
-	char		value[16];
-
-	snprintf(value, sizeof(value), "%d", wait_ms);
-	(void) set_config_option("lock_timeout", value,
-							 PGC_USERSET, PGC_S_SESSION,
-							 GUC_ACTION_SAVE, true, 0, false);
-	acquire_lock(locktag, false);
-
-	/* the time may have run out in the moment in which the lock was granted */
-	CHECK_FOR_INTERRUPTS();
-
-	AtEOXact_GUC(true, nest_level);
 }

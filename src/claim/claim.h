@@ -15,11 +15,15 @@
 #include "lib/ilist.h"
 #include "request/scope.h"
 
+/* The number of the node that holds a claim, unless it is this one */
+#define CLAIM_HERE	(-1)
+
 /* A claim that this transaction began */
 typedef struct Claim
 {
 	dlist_node	node;			/* among all of them */
 	dlist_node	ended_node;		/* among the ended ones, if it is one */
+	int			place;			/* node of a cluster that it is held on */
 	struct Claim *older;		/* begun before it, and ended, on the same scope */
 	LOCKTAG		locktag;
 	int			held_level;		/* (sub)transaction that it goes with */
@@ -35,10 +39,8 @@ typedef struct Claim
 } Claim;
 
 extern void ClaimInit(void);
-extern bool ClaimTryLock(const LOCKTAG *locktag);
-extern bool ClaimWaitLock(const LOCKTAG *locktag, int wait_ms);
-extern void ClaimUnlock(const LOCKTAG *locktag);
 extern Claim *ClaimAdd(const Scope *scope, const ClaimFacts *facts);
+extern void ClaimAddElsewhere(const Scope *scope, int place);
 extern Claim *ClaimFindHeld(const Scope *scope);
 extern void ClaimEnd(Claim *claim);
 extern void ClaimForget(Claim *claim);

@@ -41,8 +41,9 @@ static void come_first(void);
 static ExecutorEnd_hook_type previous_executor_end_hook = NULL;
 static ProcessUtility_hook_type previous_process_utility_hook = NULL;
 
-/* what to ask before a commit */
+/* what to ask before a commit, one after the other */
 static GuardCheck check_commit;
+static GuardCheck check_next;
 
 /* claims of this transaction that have to be guarded */
 static int	guarded = 0;
@@ -70,6 +71,15 @@ GuardInit(GuardCheck check)
 }
 
 /*
+ * Ask something else as well, when the first question is answered.
+ */
+void
+GuardAlso(GuardCheck check)
+{
+	check_next = check;
+}
+
+/*
  * There are so many claims more, or less, to be guarded in this transaction.
  */
 void
@@ -92,7 +102,10 @@ at_end_of_xact(XactEvent event, void *arg)
 	{
 		committing = true;
 		if (guarded > 0)
+		{
 			check_commit();
+			check_next();
+		}
 	}
 	else
 	{

@@ -14,6 +14,7 @@
 typedef void (*GuardCheck) (void);
 
 extern void GuardInit(GuardCheck check);
+extern void GuardAlso(GuardCheck check);
 extern void GuardCount(int change);
 
 #endif							/* IDEMPOTENCY_GUARD_H */

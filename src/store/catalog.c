@@ -9,6 +9,9 @@
  * cache says that something about it has changed.  The extension can be dropped
  * and created anew at any time, also in the middle of a transaction.
  *
+ * On a cluster the table may be an empty shell, with its records in shards that
+ * have its shape (shards.c).  That is seen on the same occasion.
+ *
  *-------------------------------------------------------------------------
  */
 #include "base.h"
@@ -21,6 +24,7 @@
 #include "request/scope.h"
 #include "storage/lmgr.h"
 #include "store/catalog.h"
+#include "store/shards.h"
 #include "utils/inval.h"
 #include "utils/lsyscache.h"
 #include "utils/rel.h"
@@ -45,17 +49,19 @@ typedef struct CatalogCache
 	Oid			table;
 	Oid			result_type;
 	Oid			response_type;
-	Oid			states[RECORD_STATES];
+	CatalogTableInfo info;
 } CatalogCache;
 
 static const CatalogCache *get_catalog(void);
 static void forget_catalog(Datum arg, Oid relid);
 static Relation look_up_catalog(LOCKMODE lockmode);
 static Oid	find_table(Oid *schema);
+static Relation open_found_table(LOCKMODE lockmode, Oid *schema);
 static Oid	find_type(const char *name, Oid schema);
 static void check_shape(Relation rel, Oid state_type);
 static void refuse_shape(Relation rel);
 static void check_primary_key(Relation rel);
+static bool has_right_collation(AttrNumber column, Oid collation);
 static void check_writable(Relation rel);
 
 static const CatalogColumn columns[Natts_idempotency_key] = {
@@ -88,6 +94,9 @@ static const char *const state_labels[RECORD_STATES] = {
 
 static CatalogCache catalog = {0};
 
+/* counts what forget_catalog() has heard of */
+static uint64 changes = 0;
+
 /*
  * Hook into the invalidation of cached catalog entries.
  */
@@ -111,14 +120,14 @@ CatalogTable(void)
 }
 
 /*
- * Open the table of this database, and say what OIDs the states have,
- * RECORD_STATES of them.
+ * Open the table of this database, and say what there is to know of it.
  *
- * Errors: 55000 when the table is not the one that this library was made for,
- * 0A000 when it has triggers or rules or is a partition.
+ * Errors: 55000 when the table is not the one that this library was made for, or
+ * is distributed in a way that is not served; 0A000 when it has triggers or rules
+ * or is a partition.
  */
 Relation
-CatalogOpenTable(LOCKMODE lockmode, Oid *states)
+CatalogOpenTable(LOCKMODE lockmode, CatalogTableInfo *info)
 {
 	Relation	rel;
 
@@ -134,11 +143,56 @@ CatalogOpenTable(LOCKMODE lockmode, Oid *states)
 	else
 		rel = look_up_catalog(lockmode);
 
-	if (lockmode >= RowExclusiveLock)
+	/* where others write for us, they see to triggers */
+	if (lockmode >= RowExclusiveLock && !catalog.info.distributed)
 		check_writable(rel);
 
-	memcpy(states, catalog.states, sizeof(catalog.states));
+	*info = catalog.info;
 	return rel;
+}
+
+/*
+ * Open a shard of the table; null if it is gone.
+ *
+ * Errors: 55000 when it does not have the shape of the table.
+ */
+Relation
+CatalogOpenShard(Oid shard, LOCKMODE lockmode)
+{
+	Relation	rel = try_table_open(shard, lockmode);
+
+	if (rel != NULL)
+	{
+		check_shape(rel, TupleDescAttr(RelationGetDescr(rel),
+									   Anum_idempotency_key_state - 1)->atttypid);
+		check_primary_key(rel);
+	}
+	return rel;
+}
+
+/*
+ * Whether the records are distributed over a cluster.
+ *
+ * Errors: those of CatalogOpenTable.
+ */
+bool
+CatalogIsDistributed(void)
+{
+	return get_catalog()->info.distributed;
+}
+
+/*
+ * Open the table, for who does not want to read or write it, and asks no more of
+ * it than that it is there.
+ *
+ * Errors: 42704 without the extension, 42P01 without its table.
+ */
+Relation
+CatalogLookAtTable(LOCKMODE lockmode)
+{
+	Oid			schema;
+
+	return open_found_table(lockmode, &schema);
 }
 
 /*
@@ -198,7 +252,7 @@ CatalogIsScopeIndex(Relation index)
 
 		/* an expression has column 0 */
 		if (column < 1 || column > SCOPE_PARTS || seen[column - 1] ||
-			index->rd_indcollation[i] != C_COLLATION_OID)
+			!has_right_collation(column, index->rd_indcollation[i]))
 			return false;
 		seen[column - 1] = true;
 	}
@@ -242,46 +296,45 @@ static void
 forget_catalog(Datum arg, Oid relid)
 {
 	if (relid == InvalidOid || relid == catalog.table)
+	{
 		catalog.valid = false;
+		changes++;
+	}
 }
 
 /*
  * Open the table, and find our other objects.
  *
- * With the table locked, nothing about it can change any more; but what has
- * its name may be another table by the time that we have the lock.
+ * With the table locked, nothing about it can change any more, but for where its
+ * shards are.
  */
 static Relation
 look_up_catalog(LOCKMODE lockmode)
 {
 	Oid			schema;
-	Oid			table;
 	Oid			state_type;
-	Relation	rel;
-
-	for (;;)
-	{
-		table = find_table(&schema);
-		rel = try_table_open(table, lockmode);
-		if (rel != NULL && find_table(&schema) == table)
-			break;
-		if (rel != NULL)
-			table_close(rel, lockmode);
-	}
+	uint64		changes_before;
+	Relation	rel = open_found_table(lockmode, &schema);
 
 	state_type = find_type(STATE_TYPE, schema);
 	check_shape(rel, state_type);
 	check_primary_key(rel);
 
-	catalog.table = table;
+	catalog.table = RelationGetRelid(rel);
+	do
+	{
+		changes_before = changes;
+		catalog.info.distributed = ShardsLoad(rel);
+	} while (changes != changes_before);
+
 	catalog.result_type = find_type(RESULT_TYPE, schema);
 	catalog.response_type = find_type(RESPONSE_TYPE, schema);
 	for (int i = 0; i < RECORD_STATES; i++)
 	{
-		catalog.states[i] = GetSysCacheOid2(ENUMTYPOIDNAME, Anum_pg_enum_oid,
-											ObjectIdGetDatum(state_type),
-											CStringGetDatum(state_labels[i]));
-		if (!OidIsValid(catalog.states[i]))
+		catalog.info.states[i] = GetSysCacheOid2(ENUMTYPOIDNAME, Anum_pg_enum_oid,
+												 ObjectIdGetDatum(state_type),
+												 CStringGetDatum(state_labels[i]));
+		if (!OidIsValid(catalog.info.states[i]))
 			refuse_shape(rel);
 	}
 	if (!OidIsValid(catalog.result_type) || !OidIsValid(catalog.response_type))
@@ -289,6 +342,26 @@ look_up_catalog(LOCKMODE lockmode)
 	catalog.valid = true;
 
 	return rel;
+}
+
+/*
+ * Open the table of the extension.
+ *
+ * What has its name may be another table by the time that we have the lock.
+ */
+static Relation
+open_found_table(LOCKMODE lockmode, Oid *schema)
+{
+	for (;;)
+	{
+		Oid			table = find_table(schema);
+		Relation	rel = try_table_open(table, lockmode);
+
+		if (rel != NULL && find_table(schema) == table)
+			return rel;
+		if (rel != NULL)
+			table_close(rel, lockmode);
+	}
 }
 
 /*
@@ -337,8 +410,7 @@ check_shape(Relation rel, Oid state_type)
 		matches = !attr->attisdropped && attr->atttypid == type &&
 			strcmp(NameStr(attr->attname), columns[i].name) == 0;
 
-		/* lookups compare the columns of the primary key by bytes */
-		if (i < SCOPE_PARTS && attr->attcollation != C_COLLATION_OID)
+		if (i < SCOPE_PARTS && !has_right_collation(i + 1, attr->attcollation))
 			matches = false;
 	}
 
@@ -383,6 +455,22 @@ check_primary_key(Relation rel)
 				 errmsg("table \"%s\" has no valid primary key on tenant, action, key and actor",
 						RelationGetRelationName(rel)),
 				 errdetail("Without it nothing keeps a request from being run twice.")));
+}
+
+/*
+ * Whether a column of the primary key has the collation that it should have.
+ *
+ * That is "C", by which lookups compare bytes, as they should, and which is the
+ * fastest.  But where a cluster keeps the records of a tenant together with its
+ * rows in tables of the application, the tenant has their collation; it must be one
+ * by which nothing is equal but the same bytes.
+ */
+static bool
+has_right_collation(AttrNumber column, Oid collation)
+{
+	return collation == C_COLLATION_OID ||
+		(column == Anum_idempotency_key_tenant && OidIsValid(collation) &&
+		 get_collation_isdeterministic(collation));
 }
 
 /*

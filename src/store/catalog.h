@@ -45,9 +45,19 @@ typedef enum RecordState
 
 #define RECORD_STATES	3
 
+/* What there is to know of the table by who opens it */
+typedef struct CatalogTableInfo
+{
+	Oid			states[RECORD_STATES];	/* labels of its enum */
+	bool		distributed;	/* the records are in shards of it */
+} CatalogTableInfo;
+
 extern void CatalogInit(void);
 extern Oid	CatalogTable(void);
-extern Relation CatalogOpenTable(LOCKMODE lockmode, Oid *states);
+extern Relation CatalogOpenTable(LOCKMODE lockmode, CatalogTableInfo *info);
+extern Relation CatalogOpenShard(Oid shard, LOCKMODE lockmode);
+extern bool CatalogIsDistributed(void);
+extern Relation CatalogLookAtTable(LOCKMODE lockmode);
 extern Oid	CatalogFindExpiryIndex(Relation rel);
 extern bool CatalogIsScopeIndex(Relation index);
 extern Oid	CatalogResultType(void);

@@ -1,7 +1,7 @@
 /*-------------------------------------------------------------------------
  *
  * find.c
- *	  Finding records, and locking them.
+ *	  Finding records.
  *
  * Snapshots.  Who claims a request must have seen every record that was
  * committed before the lock of its scope was got, at every isolation level,
@@ -29,8 +29,7 @@
 #include "access/transam.h"
 #include "access/xact.h"
 #include "catalog/pg_collation_d.h"
-#include "store/catalog.h"
-#include "store/store.h"
+#include "store/find.h"
 #include "utils/memutils.h"
 #include "utils/rel.h"
 #include "utils/snapmgr.h"
@@ -45,7 +44,6 @@ static void open_index(Store *store, Oid index);
 static void open_slot(Store *store);
 static bool fetch_row(Store *store, const Scope *scope);
 static void init_scope_keys(ScanKey keys);
-static void get_record(Store *store, Record *record);
 
 /*
  * Find the record of a scope.
@@ -63,7 +61,7 @@ StoreFind(Store *store, const Scope *scope, TimestampTz now, Record *record)
 	if (!fetch_row(store, scope))
 		return RECORD_ABSENT;
 
-	get_record(store, record);
+	StoreReadSlot(store, record);
 	if (DatumGetTimestampTz(RecordValue(record, expires_at)) <= now)
 		return RECORD_EXPIRED;
 	return RECORD_LIVE;
@@ -119,42 +117,6 @@ StoreCheckSerializable(Store *store)
 }
 
 /*
- * Lock the row that was found last, if it is still what was found.
- *
- * Otherwise nothing is locked, and the caller has to look again: a lock on
- * what has become of the row could not be given back before the end of the
- * transaction, whatever the caller thinks of it.  If we may not wait for
- * whoever has it locked, the result can be ROW_BUSY.  *record is filled in
- * anew with ROW_LOCKED, and not to be used any more with the others.
- */
-RowLock
-StoreLock(Store *store, bool wait, Record *record)
-{
-	ItemPointerData tid = store->slot->tts_tid;
-	TM_FailureData failure;
-	TM_Result	result;
-
-	result = table_tuple_lock(store->rel, &tid, InvalidSnapshot, store->slot,
-							  GetCurrentCommandId(false),
-							  LockTupleNoKeyExclusive,
-							  wait ? LockWaitBlock : LockWaitSkip,
-							  0, &failure);
-	switch (result)
-	{
-		case TM_Ok:
-			get_record(store, record);
-			return ROW_LOCKED;
-		case TM_WouldBlock:
-			return ROW_BUSY;
-		case TM_Updated:
-		case TM_Deleted:
-			return ROW_CHANGED;
-		default:
-			elog(ERROR, "unexpected table_tuple_lock status: %u", result);
-	}
-}
-
-/*
  * Fetch a version of a row that is known to be there, as if it had been found.
  */
 void
@@ -165,7 +127,29 @@ StoreFetch(Store *store, ItemPointer tid, Record *record)
 									   store->slot))
 		elog(ERROR, "failed to fetch idempotency record");
 	store->too_new = is_too_new(store);
-	get_record(store, record);
+	StoreReadSlot(store, record);
+}
+
+/*
+ * The row in the slot, which is the one that was found last, as a record.
+ */
+void
+StoreReadSlot(Store *store, Record *record)
+{
+	Oid			label;
+	RecordState state = 0;
+
+	slot_getallattrs(store->slot);
+	memcpy(record->values, store->slot->tts_values, sizeof(record->values));
+	memcpy(record->nulls, store->slot->tts_isnull, sizeof(record->nulls));
+
+	label = DatumGetObjectId(RecordValue(record, state));
+	while (store->info.states[state] != label)
+	{
+		if (++state == RECORD_STATES)
+			elog(ERROR, "unrecognized state of idempotency record: %u", label);
+	}
+	RecordSetState(record, state);
 }
 
 /*
@@ -214,7 +198,7 @@ StoreNextExpired(Store *store, Record *record)
 	{
 		if (index_fetch_heap(scan, store->slot) && is_in_snapshot(store, scan))
 		{
-			get_record(store, record);
+			StoreReadSlot(store, record);
 			return true;
 		}
 	}
@@ -376,6 +360,7 @@ fetch_row(Store *store, const Scope *scope)
 		AttrNumber	column = store->index->rd_index->indkey.values[i];
 
 		keys[i].sk_argument = scope->parts[column - 1];
+		keys[i].sk_collation = store->index->rd_indcollation[i];
 	}
 
 	store->too_new = false;
@@ -407,26 +392,4 @@ init_scope_keys(ScanKey keys)
 									   BTEqualStrategyNumber, InvalidOid,
 									   C_COLLATION_OID, &equal, (Datum) 0);
 	MemoryContextSwitchTo(oldcontext);
-}
-
-/*
- * The row in the slot as a record.
- */
-static void
-get_record(Store *store, Record *record)
-{
-	Oid			label;
-	RecordState state = 0;
-
-	slot_getallattrs(store->slot);
-	memcpy(record->values, store->slot->tts_values, sizeof(record->values));
-	memcpy(record->nulls, store->slot->tts_isnull, sizeof(record->nulls));
-
-	label = DatumGetObjectId(RecordValue(record, state));
-	while (store->states[state] != label)
-	{
-		if (++state == RECORD_STATES)
-			elog(ERROR, "unrecognized state of idempotency record: %u", label);
-	}
-	RecordSetState(record, state);
 }

@@ -1,0 +1,49 @@
+/*-------------------------------------------------------------------------
+ *
+ * forward.h
+ *	  Sending a call to the node of its tenant.
+ *
+ *-------------------------------------------------------------------------
+ */
+#ifndef IDEMPOTENCY_FORWARD_H
+#define IDEMPOTENCY_FORWARD_H
+
+#include "postgres.h"
+
+#include "call/result.h"
+#include "fmgr.h"
+#include "request/scope.h"
+
+/*
+ * What travels with a call, as an array of texts: the settings of the session that
+ * anybody may change, and how values are written as text.
+ */
+#define FORWARD_SETTINGS	6
+#define FORWARD_STYLES		3
+
+typedef struct ForwardStyle
+{
+	const char *name;
+	const char *value;
+} ForwardStyle;
+
+extern const char *const ForwardSettings[FORWARD_SETTINGS];
+extern const ForwardStyle ForwardStyles[FORWARD_STYLES];
+
+extern void ForwardInit(void);
+extern bool ForwardNeeded(const Scope *scope);
+extern bool ForwardIsUnderWay(void);
+extern void ForwardBegun(const Scope *scope);
+extern void ForwardEnded(const Scope *scope);
+extern char *ForwardCall(FunctionCallInfo fcinfo, const char *function,
+						 const Scope *scope);
+extern Datum ForwardRow(FunctionCallInfo fcinfo, const char *function,
+						const Scope *scope);
+extern char *ForwardArguments(const char *function, const Scope *scope,
+							  int nargs, const Oid *types,
+							  const NullableDatum *args);
+extern void ForwardGetRow(const char *text, ResultRow *row);
+extern Datum ForwardGetValue(const char *text, Oid type);
+extern void ForwardUseStyles(void);
+
+#endif							/* IDEMPOTENCY_FORWARD_H */
