@@ -177,6 +177,17 @@ COMMENT ON INDEX idempotency_key_expires_at_idx IS
 -- answers must survive a dump and restore
 SELECT pg_catalog.pg_extension_config_dump('idempotency_key', '');
 
+-- On a cluster of Citus, a statement on its two shards has a transaction that
+-- changes other nodes and this one committed in two phases (src/call/forward.c).
+CREATE TABLE idempotency_two_phase (
+    part int
+);
+
+COMMENT ON TABLE idempotency_two_phase IS
+'always empty; has Citus commit in two phases, and is for nothing else';
+COMMENT ON COLUMN idempotency_two_phase.part IS
+'by which the table is distributed';
+
 --
 -- Calls of an application
 --

@@ -23,8 +23,8 @@
  * other node before this one commits.  If this node has changes of its own, in
  * tables that Citus knows nothing of, they could then be lost while the record of
  * the request stays.  So, before such a transaction commits, Citus is made to use
- * two phases.  There is no function for that; but a statement that changes two
- * shards has it done, even if it finds no row to change (add_second_phase()).
+ * two phases.  There is no function for that; but a statement on two shards has it
+ * done, even if it finds no row to change (add_second_phase()).
  *
  *-------------------------------------------------------------------------
  */
@@ -50,7 +50,8 @@
 #include "utils/snapmgr.h"
 #include "utils/typcache.h"
 
-#define CARRIER	"idempotency_at_owner"
+#define CARRIER			"idempotency_at_owner"
+#define TWO_PHASE_TABLE	"idempotency_two_phase"
 
 const char *const ForwardSettings[FORWARD_SETTINGS] = {
 	"idempotency.ttl",
@@ -79,8 +80,8 @@ static void at_end(XactEvent event);
 /* whether a call is on its way */
 static bool under_way = false;
 
-/* the tenant of the last call that this transaction sent, null for none */
-static char *forwarded_tenant = NULL;
+/* whether this transaction has sent one */
+static bool has_sent = false;
 
 /*
  * Hook into the end of transactions.
@@ -279,10 +280,10 @@ send_call(const char *function, Datum tenant, Datum arguments)
 										  CARRIER));
 	char	   *result = NULL;
 
-	if (forwarded_tenant == NULL)
+	/* to be asked before the commit */
+	if (!has_sent)
 		GuardCount(1);
-	forwarded_tenant = MemoryContextStrdup(TopTransactionContext,
-										   TextDatumGetCString(tenant));
+	has_sent = true;
 
 	SPI_connect();
 	if (SPI_execute_with_args(query, lengthof(types), types, values, NULL,
@@ -343,55 +344,55 @@ schema_of_extension(void)
 static void
 before_commit(void)
 {
-	if (forwarded_tenant != NULL &&
-		TransactionIdIsValid(GetTopTransactionIdIfAny()))
+	if (has_sent && TransactionIdIsValid(GetTopTransactionIdIfAny()))
 		add_second_phase();
 }
 
 /*
  * Have Citus commit this transaction in two phases.
  *
- * It does so for a statement that changes more than one shard.  We have one delete
- * the records without a key, which there are none, of two tenants in different
- * shards, and neither of them in that of the tenant whose call was sent: it was
- * sent as who we are, and this is done as the owner of the table, over a connection
- * of his own, and Citus does not let two connections change one shard.
+ * It does so for a statement that changes more than one shard.  There is an empty
+ * table for that, which nobody else touches: what we do, we do as its owner, over
+ * connections of his own, and Citus does not let those of two users change one
+ * shard.  With nothing to change, nobody has to wait for it.
  */
 static void
 add_second_phase(void)
 {
-	Oid			types[] = {TEXTOID, TEXTOID};
-	Datum		values[2];
-	CatalogTableInfo info;
-	Relation	table;
+	int			nest_level = NewGUCNestLevel();
+	Oid			extension = get_extension_oid(EXTENSION_NAME, false);
+	Oid			schema = get_extension_schema(extension);
+	Oid			table = get_relname_relid(TWO_PHASE_TABLE, schema);
 	Owner		owner;
 
 	PushActiveSnapshot(GetTransactionSnapshot());
-	table = CatalogOpenTable(AccessShareLock, &info);
-	if (!info.distributed ||
-		!ShardsFindOthers(CStringGetTextDatum(forwarded_tenant), values))
+	OwnerBecome(&owner, table);
+	(void) set_config_option("citus.all_modifications_commutative", "on",
+							 PGC_USERSET, PGC_S_SESSION,
+							 GUC_ACTION_SAVE, true, 0, false);
+	SPI_connect();
+	if (SPI_execute(psprintf("SELECT FROM pg_dist_shard WHERE logicalrelid = %u",
+							 table), true, 0) != SPI_OK_SELECT ||
+		SPI_processed < 2)
 		ereport(ERROR,
 				(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
 				 errmsg("changes on this node cannot be committed together with those on the node of the tenant"),
-				 errdetail("Citus commits them in two phases only if the records have more than two shards.")));
-
-	OwnerBecome(&owner, RelationGetRelid(table));
-	SPI_connect();
-	if (SPI_execute_with_args(psprintf("DELETE FROM %s WHERE key = '' AND tenant IN ($1, $2)",
-									   quote_qualified_identifier(get_namespace_name(RelationGetNamespace(table)),
-																  RelationGetRelationName(table))),
-							  lengthof(types), types, values, NULL,
-							  false, 0) != SPI_OK_DELETE)
+				 errdetail("Table \"%s\" is not distributed.", TWO_PHASE_TABLE),
+				 errhint("Run idempotency_distribute() on the coordinator.")));
+	if (SPI_execute(psprintf("DELETE FROM %s",
+							 quote_qualified_identifier(get_namespace_name(schema),
+														TWO_PHASE_TABLE)),
+					false, 0) != SPI_OK_DELETE)
 		elog(ERROR, "could not have the transaction committed in two phases");
 	SPI_finish();
 	OwnerLeave(&owner);
-	table_close(table, NoLock);
+	AtEOXact_GUC(false, nest_level);
 	PopActiveSnapshot();
 }
 
 static void
 at_end(XactEvent event)
 {
-	forwarded_tenant = NULL;
+	has_sent = false;
 	under_way = false;
 }

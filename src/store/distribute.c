@@ -41,6 +41,7 @@ static void make_nodes_ready(const char *table, const char *alter);
 static char *get_collation(Oid table);
 static void distribute_table(const char *table, Oid colocate_with);
 static void check_colocation(Oid table, Oid colocate_with);
+static void distribute_two_phase(const char *schema);
 static void distribute_carrier(const char *schema, const char *table);
 static void hand_out_rights(const char *schema);
 static void on_workers(const char *sql);
@@ -96,6 +97,7 @@ idempotency_distribute(PG_FUNCTION_ARGS)
 		distribute_table(table, colocate_with);
 	else if (OidIsValid(colocate_with))
 		check_colocation(oid, colocate_with);
+	distribute_two_phase(schema);
 	distribute_carrier(schema, table);
 	hand_out_rights(schema);
 	SPI_finish();
@@ -226,6 +228,21 @@ check_colocation(Oid table, Oid colocate_with)
 				 errmsg("records are not kept together with table \"%s\"",
 						get_rel_name(colocate_with)),
 				 errhint("Run undistribute_table() on the records first.")));
+}
+
+/*
+ * Distribute the table that is for two phases, in two shards.
+ */
+static void
+distribute_two_phase(const char *schema)
+{
+	char	   *table = quote_literal_cstr(quote_qualified_identifier(schema,
+																	  "idempotency_two_phase"));
+
+	if (query(psprintf("SELECT 1 FROM pg_dist_partition WHERE logicalrelid = %s::regclass",
+					   table)) == NULL)
+		(void) query(psprintf("SELECT create_distributed_table(%s, 'part', shard_count => 2, colocate_with => 'none')",
+							  table));
 }
 
 /*

@@ -122,31 +122,6 @@ ShardsFindNode(Datum tenant)
 }
 
 /*
- * Make up two tenants that are in two other shards than a third one.  Returns
- * whether there are that many.
- */
-bool
-ShardsFindOthers(Datum tenant, Datum *others)
-{
-	const Shard *taken[3] = {find_shard(tenant)};
-	int			found = 0;
-
-	if (count < 3)
-		return false;
-	for (int i = 0; found < 2; i++)
-	{
-		Datum		other = CStringGetTextDatum(psprintf("%d", i));
-		const Shard *shard = find_shard(other);
-
-		if (shard == NULL || shard == taken[0] || (found > 0 && shard == taken[1]))
-			continue;
-		others[found++] = other;
-		taken[found] = shard;
-	}
-	return true;
-}
-
-/*
  * The range of hashes that a tenant falls into, null if there is none.
  */
 static const Shard *

@@ -24,7 +24,6 @@ extern bool ShardsLoad(Relation table);
 extern Oid	ShardsFind(Datum tenant);
 extern int	ShardsFindNode(Datum tenant);
 extern Oid	ShardsNextHere(Oid from);
-extern bool ShardsFindOthers(Datum tenant, Datum *others);
 extern ShardsStatus ShardsGetStatus(Relation table);
 
 #endif							/* IDEMPOTENCY_SHARDS_H */
