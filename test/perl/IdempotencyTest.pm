@@ -7,9 +7,12 @@ use warnings;
 use Exporter 'import';
 use PostgreSQL::Test::Cluster;
 use PostgreSQL::Test::Utils;
+use Test::More ();
 
 our @EXPORT = qw(
   new_server
+  new_standby
+  cut_off
   set_conf
   restart_with
   create_shop
@@ -20,6 +23,7 @@ our @EXPORT = qw(
   start_after_kill
   wait_for_restart
   wait_for_end_of
+  eventually
   run_out
   claim_of
   count_swept
@@ -60,6 +64,30 @@ sub new_server
 	$node->append_conf('postgresql.conf', $options{conf})
 	  if defined $options{conf};
 	return $node;
+}
+
+# A standby of a running server, which may be a standby itself, with the same
+# configuration; set up but not started.
+sub new_standby
+{
+	my ($name, $upstream) = @_;
+	my $standby = PostgreSQL::Test::Cluster->new($name);
+
+	$upstream->backup($name);
+	$standby->init_from_backup($upstream, $name, has_streaming => 1);
+	return $standby;
+}
+
+# Have a running standby receive nothing any more.  What it has received stays.
+sub cut_off
+{
+	my ($standby) = @_;
+
+	set_conf($standby, 'primary_conninfo', "''");
+	$standby->poll_query_until('postgres',
+		'SELECT count(*) = 0 FROM pg_stat_wal_receiver')
+	  or die 'standby goes on receiving';
+	return;
 }
 
 # Give a running server another setting, which a reload is enough for.
@@ -234,6 +262,16 @@ sub complaints_of
 		grep { !/WARNING:  PID \d+ is not a PostgreSQL (backend|server) process/ }
 		grep { !/WARNING:  autovacuum worker took too long to start; canceled/ }
 		  split(/\n/, slurp_file($node->logfile)));
+}
+
+# Test that a condition, which is what may follow SELECT, comes true on a server.
+sub eventually
+{
+	my ($node, $condition, $test) = @_;
+
+	local $Test::Builder::Level = $Test::Builder::Level + 1;
+	return Test::More::ok(
+		$node->poll_query_until('postgres', "SELECT $condition"), $test);
 }
 
 # Make the lease of a key run out now, as only an administrator can.
