@@ -180,7 +180,7 @@ SELECT pg_catalog.pg_extension_config_dump('idempotency_key', '');
 -- On a cluster of Citus, a statement on its two shards has a transaction that
 -- changes other nodes and this one committed in two phases (src/call/forward.c).
 CREATE TABLE idempotency_two_phase (
-    part int
+    part int PRIMARY KEY
 );
 
 COMMENT ON TABLE idempotency_two_phase IS
