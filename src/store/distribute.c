@@ -86,7 +86,7 @@ idempotency_distribute(PG_FUNCTION_ARGS)
 				 errmsg("table \"%s\" is distributed in another way",
 						get_rel_name(oid)),
 				 errdetail("%s", status.problem),
-				 errhint("Run undistribute_table() first.")));
+				 errhint("Save the records, and create the extension anew.")));
 
 	nest_level = NewGUCNestLevel();
 	(void) set_config_option("search_path", "pg_catalog, pg_temp",
@@ -227,7 +227,7 @@ check_colocation(Oid table, Oid colocate_with)
 				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
 				 errmsg("records are not kept together with table \"%s\"",
 						get_rel_name(colocate_with)),
-				 errhint("Run undistribute_table() on the records first.")));
+				 errhint("Save the records, create the extension anew, and distribute it together with the table.")));
 }
 
 /*

@@ -92,7 +92,7 @@ ShardsLoad(Relation table)
 				 errmsg("table \"%s\" is distributed in a way that is not served",
 						RelationGetRelationName(table)),
 				 errdetail("%s", problem),
-				 errhint("Run undistribute_table() and idempotency_distribute() on the coordinator.")));
+				 errhint("Save the records, create the extension anew, and run idempotency_distribute() on the coordinator.")));
 
 	if (distribution.exists)
 		read_shards(table);
