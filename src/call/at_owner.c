@@ -16,6 +16,7 @@
 #include "base.h"
 
 #include "access/htup_details.h"
+#include "access/xact.h"
 #include "call/forward.h"
 #include "call/run.h"
 #include "catalog/dependency.h"
@@ -67,9 +68,11 @@ static Call calls[] = {
 };
 
 static void check_place(const Scope *scope);
+static void check_transaction(const char *name);
 static void use_settings(ArrayType *settings);
 static char *begin_run(const char *function, bool raise, ArrayType *arguments);
 static char *finish_run(ArrayType *arguments);
+static bool may_call(const char *function);
 static char *make_call(const char *name, ArrayType *arguments);
 static Oid	find_function(const char *name);
 static void prepare_call(Call *call, Oid function, Oid *types, int nargs);
@@ -102,6 +105,7 @@ idempotency_at_owner(PG_FUNCTION_ARGS)
 	scope.parts[SCOPE_TENANT] = PG_GETARG_DATUM(AT_OWNER_TENANT);
 	scope.name.len = 0;
 	check_place(&scope);
+	check_transaction(name);
 	use_settings(PG_GETARG_ARRAYTYPE_P(AT_OWNER_SETTINGS));
 
 	if (strcmp(name, RUN_BEGIN) == 0)
@@ -140,17 +144,49 @@ check_place(const Scope *scope)
 }
 
 /*
+ * Refuse a call that would be committed here by itself, whatever becomes of the
+ * transaction that it came from.
+ *
+ * Citus sends it so where it takes the statement for the only one of its transaction:
+ * while it plans one, or a trigger is called at the end, outside of a transaction
+ * block.
+ */
+static void
+check_transaction(const char *name)
+{
+	if (ForwardIsUnderWay() || IsTransactionBlock() ||
+		strcmp(name, "idempotency_replay") == 0)
+		return;
+
+	ereport(ERROR,
+			(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
+			 errmsg("call was sent without the transaction that it belongs to"),
+			 errhint("Make the call in a transaction block, and leave citus.function_opens_transaction_block on.")));
+}
+
+/*
  * Have the settings of the session that the call came from.
+ *
+ * Errors: 55000 when they have not arrived as they were sent.
  */
 static void
 use_settings(ArrayType *settings)
 {
 	Datum	   *values;
+	bool	   *nulls;
 	int			count;
 
 	deconstruct_array(settings, TEXTOID, -1, false, TYPALIGN_INT,
-					  &values, NULL, &count);
-	for (int i = 0; i < Min(count, FORWARD_SETTINGS); i++)
+					  &values, &nulls, &count);
+	if (count != FORWARD_SETTINGS + FORWARD_PROBES ||
+		nulls[FORWARD_SETTINGS] || !nulls[FORWARD_SETTINGS + 1] ||
+		strcmp(TextDatumGetCString(values[FORWARD_SETTINGS]), FORWARD_PROBE) != 0)
+		ereport(ERROR,
+				(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
+				 errmsg("call did not arrive as it was sent"),
+				 errhint("Settings \"standard_conforming_strings\" and \"array_nulls\" must be on for the role on all nodes.")));
+
+	for (int i = 0; i < FORWARD_SETTINGS; i++)
 		(void) set_config_option(ForwardSettings[i],
 								 TextDatumGetCString(values[i]),
 								 PGC_USERSET, PGC_S_SESSION,
@@ -166,8 +202,7 @@ begin_run(const char *function, bool raise, ArrayType *arguments)
 	LOCAL_FCINFO(fcinfo, RUN_ARGUMENTS);
 	ResultRow	row;
 
-	if (object_aclcheck(ProcedureRelationId, find_function(function), GetUserId(),
-						ACL_EXECUTE) != ACLCHECK_OK)
+	if (!may_call(function))
 		aclcheck_error(ACLCHECK_NO_PRIV, OBJECT_FUNCTION, function);
 
 	InitFunctionCallInfoData(*fcinfo, NULL, RUN_ARGUMENTS, InvalidOid, NULL, NULL);
@@ -177,7 +212,7 @@ begin_run(const char *function, bool raise, ArrayType *arguments)
 }
 
 /*
- * Finish it.  Whoever has the claim may.
+ * Finish it.
  */
 static char *
 finish_run(ArrayType *arguments)
@@ -185,11 +220,24 @@ finish_run(ArrayType *arguments)
 	LOCAL_FCINFO(fcinfo, RUN_ANSWER_ARGUMENTS);
 	ResultRow	row;
 
+	if (!may_call("idempotency_run") && !may_call("idempotency_try_run"))
+		aclcheck_error(ACLCHECK_NO_PRIV, OBJECT_FUNCTION, "idempotency_run");
+
 	InitFunctionCallInfoData(*fcinfo, NULL, RUN_ANSWER_ARGUMENTS, InvalidOid,
 							 NULL, NULL);
 	read_arguments(arguments, RUN_ANSWER_ARGUMENTS, RunAnswerTypes, fcinfo->args);
 	RunFinish(fcinfo, &row);
 	return write_result(ResultGetDatum(&row), CatalogResultType());
+}
+
+/*
+ * Whether the caller has the right to call a function of the extension.
+ */
+static bool
+may_call(const char *function)
+{
+	return object_aclcheck(ProcedureRelationId, find_function(function),
+						   GetUserId(), ACL_EXECUTE) == ACLCHECK_OK;
 }
 
 /*
@@ -331,6 +379,7 @@ read_arguments(ArrayType *arguments, int nargs, const Oid *types,
 		Oid			input;
 		Oid			param;
 
+		values[i].value = (Datum) 0;
 		values[i].isnull = nulls[i];
 		if (nulls[i])
 			continue;

@@ -66,7 +66,8 @@ const char *const ForwardSettings[FORWARD_SETTINGS] = {
 const ForwardStyle ForwardStyles[FORWARD_STYLES] = {
 	{"datestyle", "ISO, YMD"},
 	{"intervalstyle", "postgres"},
-	{"bytea_output", "hex"}
+	{"bytea_output", "hex"},
+	{"standard_conforming_strings", "on"}
 };
 
 static char *send_call(const char *function, Datum tenant, Datum arguments);
@@ -315,12 +316,13 @@ make_array(const NullableDatum *texts, int count)
 }
 
 /*
- * The values of the settings that travel with a call, in their order.
+ * The values of the settings that travel with a call, in their order, and what
+ * tells whether they arrived as they were.
  */
 static Datum
 get_settings(void)
 {
-	NullableDatum texts[FORWARD_SETTINGS];
+	NullableDatum texts[FORWARD_SETTINGS + FORWARD_PROBES];
 
 	for (int i = 0; i < FORWARD_SETTINGS; i++)
 	{
@@ -328,7 +330,11 @@ get_settings(void)
 															 false, false));
 		texts[i].isnull = false;
 	}
-	return make_array(texts, FORWARD_SETTINGS);
+	texts[FORWARD_SETTINGS].value = CStringGetTextDatum(FORWARD_PROBE);
+	texts[FORWARD_SETTINGS].isnull = false;
+	texts[FORWARD_SETTINGS + 1].value = (Datum) 0;
+	texts[FORWARD_SETTINGS + 1].isnull = true;
+	return make_array(texts, FORWARD_SETTINGS + FORWARD_PROBES);
 }
 
 static char *

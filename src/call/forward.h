@@ -19,13 +19,20 @@
  * anybody may change, and how values are written as text.
  */
 #define FORWARD_SETTINGS	6
-#define FORWARD_STYLES		3
+#define FORWARD_STYLES		4
 
 typedef struct ForwardStyle
 {
 	const char *name;
 	const char *value;
 } ForwardStyle;
+
+/*
+ * Behind the settings come a backslash and a null, which are something else where a
+ * node reads literals or arrays in another way than they were written.
+ */
+#define FORWARD_PROBES		2
+#define FORWARD_PROBE		"\\"
 
 extern const char *const ForwardSettings[FORWARD_SETTINGS];
 extern const ForwardStyle ForwardStyles[FORWARD_STYLES];

@@ -145,6 +145,7 @@ RunFinish(FunctionCallInfo fcinfo, ResultRow *row)
 	};
 
 	ScopeFromArguments(&scope, fcinfo, ANSWER_ACTOR);
+	FinishCheckAnswer(&answer, InvalidOid);
 	finish_run(&scope, &answer, row);
 }
 
@@ -211,6 +212,7 @@ static void
 run_elsewhere(FunctionCallInfo fcinfo, const Scope *scope, bool raise,
 			  Oid rettype, ResultRow *row)
 {
+	NullableDatum args[RUN_ARGUMENTS];
 	Answer		answer;
 
 	if (idempotency_forward_handlers)
@@ -220,8 +222,11 @@ run_elsewhere(FunctionCallInfo fcinfo, const Scope *scope, bool raise,
 		return;
 	}
 
+	/* the handler need not be there */
+	memcpy(args, fcinfo->args, sizeof(args));
+	args[RUN_HANDLER].isnull = true;
 	ForwardGetRow(ForwardArguments(raise ? RUN_BEGIN : RUN_TRY_BEGIN, scope,
-								   RUN_ARGUMENTS, RunTypes, fcinfo->args), row);
+								   RUN_ARGUMENTS, RunTypes, args), row);
 	if (strcmp(ResultOutcome(row), "started") != 0)
 		return;
 	ForwardBegun(scope);
