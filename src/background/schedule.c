@@ -24,6 +24,7 @@
 #include "catalog/pg_type_d.h"
 #include "executor/spi.h"
 #include "miscadmin.h"
+#include "store/catalog.h"
 #include "utils/builtins.h"
 #include "utils/guc.h"
 #include "utils/lsyscache.h"
@@ -111,11 +112,8 @@ idempotency_unschedule(PG_FUNCTION_ARGS)
 static char *
 get_command(void)
 {
-	Oid			extension = get_extension_oid(EXTENSION_NAME, false);
-	Oid			schema = get_extension_schema(extension);
-
 	return psprintf("CALL %s()",
-					quote_qualified_identifier(get_namespace_name(schema),
+					quote_qualified_identifier(get_namespace_name(CatalogSchema()),
 											   "idempotency_sweep"));
 }
 

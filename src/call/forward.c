@@ -46,9 +46,7 @@
 #include "utils/builtins.h"
 #include "utils/guc.h"
 #include "utils/lsyscache.h"
-#include "utils/rel.h"
 #include "utils/snapmgr.h"
-#include "utils/typcache.h"
 
 #define CARRIER			"idempotency_at_owner"
 #define TWO_PHASE_TABLE	"idempotency_two_phase"
@@ -62,18 +60,24 @@ const char *const ForwardSettings[FORWARD_SETTINGS] = {
 	"idempotency.retryable_status"
 };
 
-/* so that both sides read what the other one writes */
-const ForwardStyle ForwardStyles[FORWARD_STYLES] = {
+/* How values are written as text, so that both sides read what the other writes */
+static const struct
+{
+	const char *name;
+	const char *value;
+}			styles[] = {
 	{"datestyle", "ISO, YMD"},
 	{"intervalstyle", "postgres"},
 	{"bytea_output", "hex"},
-	{"standard_conforming_strings", "on"}
+	{"standard_conforming_strings", "on"},
+
+	/* nothing is found by it, so that a name has its schema */
+	{"search_path", "pg_catalog, pg_temp"}
 };
 
 static char *send_call(const char *function, Datum tenant, Datum arguments);
 static Datum make_array(const NullableDatum *texts, int count);
 static Datum get_settings(void);
-static char *schema_of_extension(void);
 static void before_commit(void);
 static void add_second_phase(void);
 static void at_end(XactEvent event);
@@ -81,8 +85,9 @@ static void at_end(XactEvent event);
 /* whether a call is on its way */
 static bool under_way = false;
 
-/* whether this transaction has sent one */
+/* whether this transaction has sent one, and to which node the last time */
 static bool has_sent = false;
+static int	sent_to;
 
 /*
  * Hook into the end of transactions.
@@ -133,7 +138,8 @@ ForwardIsUnderWay(void)
 void
 ForwardBegun(const Scope *scope)
 {
-	ClaimAddElsewhere(scope, ShardsFindNode(scope->parts[SCOPE_TENANT]));
+	/* the records may have moved on meanwhile; the claim has not */
+	ClaimAddElsewhere(scope, sent_to);
 }
 
 void
@@ -248,18 +254,15 @@ ForwardGetValue(const char *text, Oid type)
 
 /*
  * Write values as text in the same way everywhere, up to the end of a level of
- * settings; and nothing is found by a search_path, so that a name has its schema.
+ * settings.
  */
 void
 ForwardUseStyles(void)
 {
-	for (int i = 0; i < FORWARD_STYLES; i++)
-		(void) set_config_option(ForwardStyles[i].name, ForwardStyles[i].value,
+	for (int i = 0; i < (int) lengthof(styles); i++)
+		(void) set_config_option(styles[i].name, styles[i].value,
 								 PGC_USERSET, PGC_S_SESSION,
 								 GUC_ACTION_SAVE, true, 0, false);
-	(void) set_config_option("search_path", "pg_catalog, pg_temp",
-							 PGC_USERSET, PGC_S_SESSION,
-							 GUC_ACTION_SAVE, true, 0, false);
 }
 
 /*
@@ -275,16 +278,16 @@ send_call(const char *function, Datum tenant, Datum arguments)
 	Oid			types[] = {TEXTOID, TEXTOID, TEXTARRAYOID, TEXTARRAYOID};
 	Datum		values[] = {tenant, CStringGetTextDatum(function), arguments,
 	get_settings()};
-	char	   *query = psprintf("SELECT result FROM %s AS result",
-								 psprintf("%s.%s($1, $2, $3, $4)",
-										  quote_identifier(schema_of_extension()),
-										  CARRIER));
-	char	   *result = NULL;
+	char	   *query = psprintf("SELECT result FROM %s($1, $2, $3, $4) AS result",
+								 quote_qualified_identifier(get_namespace_name(CatalogSchema()),
+															CARRIER));
+	char	   *result;
 
 	/* to be asked before the commit */
 	if (!has_sent)
 		GuardCount(1);
 	has_sent = true;
+	sent_to = ShardsFindNode(tenant);
 
 	SPI_connect();
 	if (SPI_execute_with_args(query, lengthof(types), types, values, NULL,
@@ -337,13 +340,6 @@ get_settings(void)
 	return make_array(texts, FORWARD_SETTINGS + FORWARD_PROBES);
 }
 
-static char *
-schema_of_extension(void)
-{
-	return get_namespace_name(get_extension_schema(get_extension_oid(EXTENSION_NAME,
-																	 false)));
-}
-
 /*
  * What the guard calls before a commit.
  */
@@ -366,8 +362,7 @@ static void
 add_second_phase(void)
 {
 	int			nest_level = NewGUCNestLevel();
-	Oid			extension = get_extension_oid(EXTENSION_NAME, false);
-	Oid			schema = get_extension_schema(extension);
+	Oid			schema = CatalogSchema();
 	Oid			table = get_relname_relid(TWO_PHASE_TABLE, schema);
 	Owner		owner;
 

@@ -14,18 +14,8 @@
 #include "fmgr.h"
 #include "request/scope.h"
 
-/*
- * What travels with a call, as an array of texts: the settings of the session that
- * anybody may change, and how values are written as text.
- */
+/* The settings of the session that travel with a call, as an array of texts */
 #define FORWARD_SETTINGS	6
-#define FORWARD_STYLES		4
-
-typedef struct ForwardStyle
-{
-	const char *name;
-	const char *value;
-} ForwardStyle;
 
 /*
  * Behind the settings come a backslash and a null, which are something else where a
@@ -35,7 +25,6 @@ typedef struct ForwardStyle
 #define FORWARD_PROBE		"\\"
 
 extern const char *const ForwardSettings[FORWARD_SETTINGS];
-extern const ForwardStyle ForwardStyles[FORWARD_STYLES];
 
 extern void ForwardInit(void);
 extern bool ForwardNeeded(const Scope *scope);

@@ -107,6 +107,17 @@ CatalogInit(void)
 }
 
 /*
+ * The schema of the extension.
+ *
+ * Errors: 42704 without the extension.
+ */
+Oid
+CatalogSchema(void)
+{
+	return get_extension_schema(get_extension_oid(EXTENSION_NAME, false));
+}
+
+/*
  * The table of this database.
  *
  * Errors: 42704 without the extension, 42P01 without its table.
@@ -321,12 +332,6 @@ look_up_catalog(LOCKMODE lockmode)
 	check_primary_key(rel);
 
 	catalog.table = RelationGetRelid(rel);
-	do
-	{
-		changes_before = changes;
-		catalog.info.distributed = ShardsLoad(rel);
-	} while (changes != changes_before);
-
 	catalog.result_type = find_type(RESULT_TYPE, schema);
 	catalog.response_type = find_type(RESPONSE_TYPE, schema);
 	for (int i = 0; i < RECORD_STATES; i++)
@@ -339,6 +344,13 @@ look_up_catalog(LOCKMODE lockmode)
 	}
 	if (!OidIsValid(catalog.result_type) || !OidIsValid(catalog.response_type))
 		refuse_shape(rel);
+
+	/* last, so that what we are told meanwhile is not missed */
+	do
+	{
+		changes_before = changes;
+		catalog.info.distributed = ShardsLoad(rel);
+	} while (changes != changes_before);
 	catalog.valid = true;
 
 	return rel;
@@ -372,7 +384,7 @@ find_table(Oid *schema)
 {
 	Oid			table;
 
-	*schema = get_extension_schema(get_extension_oid(EXTENSION_NAME, false));
+	*schema = CatalogSchema();
 	table = get_relname_relid(TABLE_NAME, *schema);
 	if (!OidIsValid(table))
 		ereport(ERROR,

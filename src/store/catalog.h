@@ -53,6 +53,7 @@ typedef struct CatalogTableInfo
 } CatalogTableInfo;
 
 extern void CatalogInit(void);
+extern Oid	CatalogSchema(void);
 extern Oid	CatalogTable(void);
 extern Relation CatalogOpenTable(LOCKMODE lockmode, CatalogTableInfo *info);
 extern Relation CatalogOpenShard(Oid shard, LOCKMODE lockmode);

@@ -199,8 +199,7 @@ get_collation(Oid table)
 static void
 make_nodes_ready(const char *table, const char *alter)
 {
-	char	   *schema = get_namespace_name(get_extension_schema(get_extension_oid(EXTENSION_NAME,
-																				   false)));
+	const char *schema = quote_identifier(get_namespace_name(CatalogSchema()));
 
 	on_workers(psprintf("DO $do$ BEGIN"
 						" PERFORM set_config('citus.enable_ddl_propagation', 'off', true);"
@@ -210,8 +209,8 @@ make_nodes_ready(const char *table, const char *alter)
 						" RAISE 'it has records of its own' USING HINT ="
 						" 'Wait until they are swept, or delete them if those requests will not be repeated.';"
 						" END IF; %s; END $do$",
-						EXTENSION_NAME, quote_identifier(schema), EXTENSION_NAME,
-						quote_identifier(schema), table, alter));
+						EXTENSION_NAME, schema, EXTENSION_NAME, schema, table,
+						alter));
 }
 
 /*
